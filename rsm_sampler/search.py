@@ -1,0 +1,521 @@
+r"""Where is the target, and how wide? From energy values alone.
+
+Nothing is known of the target but its energy: it may sit at :math:`10^3` with width
+:math:`10^{-2}`. The search goes from coarse to fine, by importance sampling with densities that
+are known exactly at every step:
+
+1. **Bracket.** Points at scales from :math:`10^{-4}` to :math:`10^5` around the given centre, of
+   known density q. They are weighted towards :math:`q^{1-\beta} e^{-\beta E}`, with the largest
+   :math:`\beta \le 1` that leaves a sufficient effective sample size. Their weighted mean and
+   covariance make the next q, a Student-t; repeated until :math:`\beta = 1` or no more progress.
+2. **Kernels.** Where that succeeds (low dimensions), the weighted points are resampled and become
+   the centres of a kernel density with a bandwidth of each centre's own, mixed with a tenth of
+   the broad Student-t, which guards against what the kernels missed. Four rounds.
+3. **Bank.** Many draws of the last proposal with :math:`\log w = -E(x) - \log q(x)`: weighted
+   samples of the target, an estimate of log Z, and the training data of loss (13).
+4. **Chains.** Where :math:`\beta` gets stuck below 1 or the kernels fail (high dimensions), a
+   population of random-walk Metropolis chains goes from the last Student-t to the target along the
+   same path, resampled on the way (sequential Monte Carlo). It gives equally weighted, dependent
+   samples.
+
+With contexts every row of points belongs to one context, and weights are normalised in each row.
+
+References:
+    | Adaptive multiple importance sampling (Cornuet et al., 2012)
+    | https://doi.org/10.1111/j.1467-9469.2011.00756.x
+    | Sequential Monte Carlo samplers (Del Moral et al., 2006)
+    | https://doi.org/10.1111/j.1467-9868.2006.00553.x
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsm_sampler.energy import EnergyError
+from rsm_sampler.estimators import effective_sample_size
+from rsm_sampler.kernels import cumulative_weight, stratified_indices
+
+__all__ = ["Bank", "KernelDensity", "StudentT", "search"]
+
+Evaluate = Callable[[Tensor, Tensor | None], Tensor]
+"""Energy of points (n, dim) with contexts (n, context_dim) or None, in unbounded coordinates."""
+
+_LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
+_ROUNDS = 4  # of kernels
+_TAIL = 5.0  # degrees of freedom of the broad proposals
+
+
+@dataclass
+class Bank:
+    """Weighted samples of the target, by context.
+
+    Attributes:
+        points: Points, (rows, columns, dim); one row without contexts.
+        log_weight: Importance log-weights, (rows, columns), up to a constant in each row.
+        context: The context of each row, (rows, context_dim), or None.
+        loc: Weighted mean of all points, (dim).
+        scale_tril: Cholesky factor of their weighted covariance, (dim, dim).
+        method: ``"bank"`` for independent draws with exact weights, ``"chains"`` for dependent
+            draws of equal weight.
+        log_z: Estimate of log Z (of the mean over contexts, with contexts).
+        log_z_se: Its standard error; NaN for chains.
+        ess: Effective sample size, summed over rows; for chains the size of the population.
+    """
+
+    points: Tensor
+    log_weight: Tensor
+    context: Tensor | None
+    loc: Tensor
+    scale_tril: Tensor
+    method: str
+    log_z: float
+    log_z_se: float
+    ess: float
+
+
+class StudentT:
+    r"""Multivariate Student-t law, the broad proposal: tails no target here outruns quickly.
+
+    Arguments:
+        loc: Location, (dim).
+        scale_tril: Cholesky factor of the shape matrix, (dim, dim).
+        df: Degrees of freedom.
+    """
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor, df: float = _TAIL) -> None:
+        self.loc, self.scale_tril, self.df = loc, scale_tril, df
+
+    def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
+        """n draws."""
+        dim = len(self.loc)
+        noise = torch.randn(n, dim, dtype=self.loc.dtype, device=self.loc.device,
+                            generator=generator)
+        # A chi-square draw with df degrees of freedom as a sum of squares (df is an integer here).
+        square = torch.randn(n, int(self.df), dtype=self.loc.dtype, device=self.loc.device,
+                             generator=generator).square().sum(-1, keepdim=True)
+        return self.loc + (noise @ self.scale_tril.mT) * (self.df / square).sqrt()
+
+    def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
+        """Log-density."""
+        dim = len(self.loc)
+        z = torch.linalg.solve_triangular(self.scale_tril, (x - self.loc).mT, upper=False)
+        half = (self.df + dim) / 2
+        constant = (
+            math.lgamma(half)
+            - math.lgamma(self.df / 2)
+            - 0.5 * dim * math.log(self.df * math.pi)
+            - self.scale_tril.diagonal().log().sum()
+        )
+        return constant - half * torch.log1p(z.square().sum(0) / self.df)
+
+
+class KernelDensity:
+    r"""Gaussian kernels with a bandwidth of their own, mixed with a broad law.
+
+    .. math:: q(x) = (1 - \delta) \sum_i a_i\, \mathcal N(x; c_i, h_i^2 \Sigma)
+              + \delta\, q_{\rm broad}(x)
+
+    :math:`h_i` is the distance to the k-th neighbour in the metric of :math:`\Sigma`.
+
+    Arguments:
+        centres: The M distinct centres, (M, dim).
+        weight: Their shares :math:`a_i`, (M), summing to 1.
+        broad: The broad law.
+        share: Its share, :math:`\delta`.
+        neighbours: k.
+    """
+
+    def __init__(
+        self,
+        centres: Tensor,
+        weight: Tensor,
+        broad: StudentT,
+        *,
+        share: float = 0.1,
+        neighbours: int = 8,
+    ) -> None:
+        self.weight, self.broad, self.share = weight, broad, share
+        self.white = self._whiten(centres)
+        distance = torch.cdist(
+            self.white, self.white, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        k = min(neighbours + 1, len(centres))
+        kth = distance.kthvalue(k, dim=1).values
+        self.bandwidth = torch.where(kth > 0, kth, 1.0)
+
+    def _whiten(self, x: Tensor) -> Tensor:
+        shifted = (x - self.broad.loc).mT
+        return torch.linalg.solve_triangular(self.broad.scale_tril, shifted, upper=False).mT
+
+    def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
+        """n draws, the broad ones last."""
+        num_broad = round(self.share * n)
+        white = self.white
+        index = torch.multinomial(self.weight, n - num_broad, True, generator=generator)
+        noise = torch.randn(
+            len(index), white.shape[-1], dtype=white.dtype, device=white.device,
+            generator=generator,
+        )
+        z = white[index] + self.bandwidth[index, None] * noise
+        near = self.broad.loc + z @ self.broad.scale_tril.mT
+        return torch.cat([near, self.broad.sample(num_broad, generator)])
+
+    def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
+        """Log-density, by all kernels."""
+        dim = x.shape[-1]
+        inverse = self.bandwidth.reciprocal()
+        offset = -dim * (self.bandwidth.log() + 0.5 * math.log(2 * math.pi))
+        offset = offset - self.broad.scale_tril.diagonal().log().sum() + self.weight.log()
+        pieces = []
+        for piece in self._whiten(x).split(max(1, 4_000_000 // len(inverse))):
+            square = torch.zeros(len(piece), len(inverse), dtype=x.dtype, device=x.device)
+            for axis in range(dim):
+                gap = (piece[:, axis, None] - self.white[:, axis]) * inverse
+                square.addcmul_(gap, gap)
+            pieces.append(torch.logsumexp(offset - 0.5 * square, -1))
+        near = torch.cat(pieces) + math.log1p(-self.share)
+        return torch.logaddexp(near, self.broad.log_prob(x) + math.log(self.share))
+
+
+def search(
+    evaluate: Evaluate,
+    dim: int,
+    *,
+    evaluations: int,
+    bank_size: int,
+    generator: torch.Generator,
+    draw_context: Callable[[int], Tensor] | None = None,
+    rows: int = 1,
+    centre: Tensor | None = None,
+    scale: float | None = None,
+    check: Callable[[Tensor], float] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Bank:
+    r"""Find the target and return weighted samples of it.
+
+    Arguments:
+        evaluate: The energy in unbounded coordinates.
+        dim: Length of a point.
+        evaluations: Most energy evaluations before the bank.
+        bank_size: Energy evaluations of the bank itself.
+        generator: Source of randomness.
+        draw_context: Draws that many contexts; None without contexts.
+        rows: Number of contexts in the bank.
+        centre: Where to look first, (dim); the origin if None.
+        scale: Width to look at, if known to an order of magnitude: the bracket then spans
+            :math:`10^{\pm 2}` of it.
+        check: Called with the points after each phase; raises if their energies were unusable.
+        report: Called with the name of each phase.
+
+    Returns:
+        The bank.
+
+    Raises:
+        EnergyError: If the energy is not finite anywhere, or keeps falling outward so that
+            :math:`e^{-E}` cannot be normalised.
+    """
+    finder = _Finder(evaluate, dim, generator, draw_context, check, report)
+    stage = max(64, min(4096, evaluations // 12))
+    proposal, found, beta = finder.bracket(stage, evaluations // 2, centre, scale)
+    enough = max(24.0, 4.0 * dim)
+    if beta == 1.0 and dim <= 12:
+        share = max(128, min(32_768, (evaluations - finder.spent) // _ROUNDS))
+        kernels = finder.kernels(proposal, found, share)
+        bank = finder.bank(kernels, bank_size, rows)
+        if bank.ess >= max(enough, 0.02 * bank_size) or draw_context is not None:
+            return bank
+        bank_size = 0  # spent; the chains live on what is left of the search
+    if draw_context is not None:
+        return finder.bank(finder.density(found, proposal, share=0.3), bank_size, rows)
+    return finder.chains(proposal, found, beta, max(evaluations // 2, bank_size))
+
+
+@dataclass
+class _Weighted:
+    """Points (rows, columns, dim) with energies and log proposal densities (rows, columns)."""
+
+    x: Tensor
+    energy: Tensor
+    log_proposal: Tensor
+
+    def log_weight(self, beta: float) -> Tensor:
+        """Towards q^(1-beta) exp(-beta E)."""
+        return -beta * (self.energy + self.log_proposal)
+
+    def ess(self, beta: float) -> Tensor:
+        """Effective sample size over all rows; rows without a finite energy count nothing."""
+        log_weight = self.log_weight(beta)
+        usable = log_weight.amax(-1) > -torch.inf
+        if not bool(usable.any()):
+            return torch.zeros((), dtype=log_weight.dtype)
+        return effective_sample_size(log_weight[usable]).sum()
+
+    def normalised(self, beta: float) -> Tensor:
+        weight = torch.softmax(self.log_weight(beta), -1).nan_to_num(0.0)
+        return weight / weight.sum()
+
+
+class _Finder:
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        dim: int,
+        generator: torch.Generator,
+        draw_context: Callable[[int], Tensor] | None,
+        check: Callable[[Tensor], float] | None,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self.evaluate, self.dim, self.generator = evaluate, dim, generator
+        self.draw_context = draw_context
+        self.check, self.report = check, report
+        self.spent = 0
+
+    def _note(self, text: str) -> None:
+        if self.report is not None:
+            self.report(text)
+
+    def _evaluated(
+        self, x: Tensor, log_proposal: Tensor, rows: int
+    ) -> tuple[_Weighted, Tensor | None]:
+        """Evaluate n = rows * columns points, row by row with a context each."""
+        columns = len(x) // rows
+        context = None
+        if self.draw_context is not None:
+            context = self.draw_context(rows)
+            # The broad draws come last: deal the points out so that every row has its share.
+            order = torch.arange(rows * columns, device=x.device).view(columns, rows).mT
+            x, log_proposal = x[order.reshape(-1)], log_proposal[order.reshape(-1)]
+            repeated = context.repeat_interleave(columns, 0)
+        else:
+            repeated = None
+        energy = self.evaluate(x, repeated).to(x.dtype)
+        self.spent += len(x)
+        if self.check is not None:
+            self.check(x)
+        shape = (rows, columns)
+        return (
+            _Weighted(x.view(*shape, -1), energy.view(shape), log_proposal.view(shape)),
+            context,
+        )
+
+    def _rows(self, n: int) -> int:
+        return 1 if self.draw_context is None else max(1, min(32, n // 64))
+
+    def bracket(
+        self, stage: int, evaluations: int, centre: Tensor | None, scale: float | None
+    ) -> tuple[StudentT, _Weighted, float]:
+        """Stage 1: a Student-t proposal, the last weighted points, and the beta they bear."""
+        self._note("bracket")
+        like = {"dtype": torch.float64, "device": self.generator.device}
+        loc = torch.zeros(self.dim, **like) if centre is None else centre.to(**like)
+        low, high = (_LOWEST, _HIGHEST) if scale is None else (scale / 100, scale * 100)
+        scales = torch.logspace(math.log10(low), math.log10(high), _SCALES, **like)
+        rows = self._rows(stage)
+        stage -= stage % rows
+        z = torch.randn(stage, self.dim, generator=self.generator, **like)
+        pick = torch.arange(stage, device=z.device) % _SCALES
+        if rows > 1:
+            pick = pick[torch.randperm(stage, generator=self.generator, device=z.device)]
+        x = loc + scales[pick, None] * z
+        square = (x - loc).square().sum(-1, keepdim=True)
+        log_scale = scales.log()
+        log_q = torch.logsumexp(
+            -0.5 * square / scales.square() - self.dim * log_scale, -1
+        ) - math.log(_SCALES) - 0.5 * self.dim * math.log(2 * math.pi)
+        found, _ = self._evaluated(x, log_q, rows)
+        few = min(0.1 * stage, max(24.0, 3.0 * self.dim))
+        many = max(few, 0.08 * stage)
+        beta = _largest_beta(found, few)
+        self._refuse_unbounded(found, beta, x, loc, high)
+        proposal = self._fit(found, beta)
+        first_width = float(proposal.scale_tril.diagonal().log().mean())
+        best, stalled, at_one = beta, 0, 0
+        while self.spent + stage <= evaluations and at_one < 2 and stalled < 5:
+            x = proposal.sample(stage, self.generator)
+            found, _ = self._evaluated(x, proposal.log_prob(x), rows)
+            beta = _largest_beta(found, many)
+            at_one += beta == 1.0
+            stalled = 0 if beta > 1.1 * best else stalled + 1
+            best = max(best, beta)
+            if at_one == 2 or stalled == 5:
+                break  # the proposal stays the one these points were drawn from
+            proposal = self._fit(found, beta)
+            width = float(proposal.scale_tril.diagonal().log().mean())
+            if width > math.log(_HIGHEST) + max(0.0, first_width):
+                raise EnergyError(_unbounded(math.exp(width)))
+        if float(found.ess(1.0)) >= few:
+            beta = 1.0
+        return proposal, found, beta
+
+    def _refuse_unbounded(
+        self, found: _Weighted, beta: float, x: Tensor, loc: Tensor, high: float
+    ) -> None:
+        """Most tempered mass at the rim of the bracket: the energy falls outward."""
+        radius = (found.x - loc).square().sum(-1).sqrt() / math.sqrt(self.dim)
+        mass = (found.normalised(beta) * (radius > 0.3 * high)).sum()
+        energy = found.energy[radius > 0.3 * high]
+        middle = found.energy[radius <= 0.3 * high]
+        if float(mass) > 0.5 and len(energy) and float(energy.amin()) <= float(middle.amin()):
+            raise EnergyError(_unbounded(high))
+
+    def _fit(self, found: _Weighted, beta: float) -> StudentT:
+        """Student-t with the weighted moments, shrunk to a diagonal where there are few points."""
+        weight = found.normalised(beta).reshape(-1, 1)
+        x = found.x.reshape(-1, self.dim)
+        loc = (weight * x).sum(0)
+        centred = x - loc
+        covariance = (weight * centred).mT @ centred
+        ess = float(1 / weight.square().sum())
+        shrink = self.dim / (self.dim + ess)
+        diagonal = covariance.diagonal().clamp(min=1e-300)
+        if self.dim > 1:  # and the diagonal towards its mean, on the log scale
+            mean = diagonal.log().mean()
+            diagonal = torch.exp((1 - 1 / ess) * diagonal.log() + mean / ess)
+        covariance = (1 - shrink) * covariance + shrink * diagonal.diag()
+        covariance = covariance + 1e-12 * covariance.diagonal().diag()
+        return StudentT(loc, torch.linalg.cholesky(covariance * 1.2))
+
+    def density(
+        self, found: _Weighted, broad: StudentT, *, share: float = 0.1, most: int = 1000
+    ) -> KernelDensity:
+        """Kernels around points resampled by their weights."""
+        weight = found.normalised(1.0).reshape(-1)
+        count = int(min(most, max(16, 1.5 * float(1 / weight.square().sum()))))
+        points = found.x.reshape(-1, self.dim)
+        cumulative = cumulative_weight(points, weight.log())
+        index = stratified_indices(cumulative, count, self.generator)
+        chosen, copies = index.unique(return_counts=True)
+        return KernelDensity(points[chosen], copies.to(weight) / count, broad, share=share)
+
+    def kernels(self, proposal: StudentT, found: _Weighted, share: int) -> KernelDensity:
+        """Stage 2: rounds of kernels around resampled points."""
+        rows = self._rows(share)
+        size = share - share % rows
+        for i in range(_ROUNDS):
+            self._note(f"kernels {i + 1}/{_ROUNDS}")
+            density = self.density(found, proposal, share=0.3 if i == 0 else 0.1)
+            x = density.sample(size, self.generator)
+            found, _ = self._evaluated(x, density.log_prob(x), rows)
+            proposal = self._fit(found, 1.0)
+        wide = StudentT(proposal.loc, proposal.scale_tril * 1.2)
+        return self.density(found, wide, most=1500)
+
+    def bank(self, density: KernelDensity, size: int, rows: int) -> Bank:
+        """Stage 3: the bank."""
+        self._note("bank")
+        size -= size % rows
+        x = density.sample(size, self.generator)
+        if rows > 1:
+            x = x[torch.randperm(size, generator=self.generator, device=x.device)]
+        found, context = self._evaluated(x, density.log_prob(x), rows)
+        log_weight = found.log_weight(1.0)
+        columns = log_weight.shape[1]
+        row_ess = effective_sample_size(log_weight)
+        row_log_z = torch.logsumexp(log_weight, -1) - math.log(columns)
+        relative = ((columns / row_ess - 1) / columns).clamp(min=0)
+        fit = self._fit(found, 1.0)
+        return Bank(
+            found.x,
+            log_weight,
+            context,
+            fit.loc,
+            fit.scale_tril / math.sqrt(1.2),
+            "bank",
+            float(row_log_z.mean()),
+            float(relative.sqrt().mean() / math.sqrt(rows)),
+            float(row_ess.sum()),
+        )
+
+    def chains(self, proposal: StudentT, found: _Weighted, beta: float, evaluations: int) -> Bank:
+        """Stage 4: sequential Monte Carlo with random-walk moves from q to the target."""
+        self._note("chains")
+        size = int(max(64, min(2048, evaluations // 256)))
+        flat, log_weight = found.x.reshape(-1, self.dim), found.log_weight(beta).reshape(-1)
+        keep = stratified_indices(cumulative_weight(flat, log_weight), size, self.generator)
+        x, energy = flat[keep].clone(), found.energy.reshape(-1)[keep].clone()
+        log_q = found.log_proposal.reshape(-1)[keep].clone()
+        log_z = float(torch.logsumexp(log_weight, 0)) - math.log(len(flat))
+        like = {"dtype": x.dtype, "device": x.device, "generator": self.generator}
+        scale_tril = self._population_tril(x)
+        step, used, sweep = 0.5, 0, 0
+        while used + size <= evaluations:
+            if beta < 1 and sweep % 4 == 0:
+                # Never run out of evaluations on the way: the last quarter is at beta = 1.
+                late = used > 0.75 * evaluations
+                new_beta = 1.0 if late else _next_beta(energy + log_q, beta, 0.6 * size)
+                log_weight = -(new_beta - beta) * (energy + log_q)
+                log_z += float(torch.logsumexp(log_weight, 0)) - math.log(size)
+                index = stratified_indices(cumulative_weight(x, log_weight), size, self.generator)
+                x, energy, log_q, beta = x[index], energy[index], log_q[index], new_beta
+                scale_tril = self._population_tril(x)
+            # Steps of all lengths over a decade and a half: moves within wells and between them.
+            length = step * 10 ** (0.5 - 1.5 * torch.rand(size, 1, **like))
+            trial = x + length * (torch.randn(x.shape, **like) @ scale_tril.mT)
+            trial_energy = self.evaluate(trial, None).to(x.dtype)
+            trial_log_q = proposal.log_prob(trial)
+            used, sweep = used + size, sweep + 1
+            gain = (1 - beta) * (trial_log_q - log_q) - beta * (trial_energy - energy)
+            accept = torch.rand(size, **like).log() < gain
+            x = torch.where(accept[:, None], trial, x)
+            energy = torch.where(accept, trial_energy, energy)
+            log_q = torch.where(accept, trial_log_q, log_q)
+            rate = float(accept.double().mean())
+            step = min(4.0, max(1e-4, step * math.exp(0.3 * (rate - 0.25))))
+        self.spent += used
+        if self.check is not None:
+            self.check(x)
+        return Bank(
+            points=x[None],
+            log_weight=torch.zeros_like(energy)[None],
+            context=None,
+            loc=x.mean(0),
+            scale_tril=self._population_tril(x),
+            method="chains",
+            log_z=log_z,
+            log_z_se=math.nan,
+            ess=float(size),
+        )
+
+    def _population_tril(self, x: Tensor) -> Tensor:
+        uniform = _Weighted(
+            x[None], torch.zeros_like(x[None, :, 0]), torch.zeros_like(x[None, :, 0])
+        )
+        return self._fit(uniform, 1.0).scale_tril / math.sqrt(1.2)
+
+
+def _largest_beta(found: _Weighted, least: float) -> float:
+    """The largest inverse temperature at which the effective sample size is at least that."""
+    if float(found.ess(1.0)) >= least:
+        return 1.0
+    low, high = -40.0, 0.0  # log beta
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if float(found.ess(math.exp(middle))) >= least else (low, middle)
+    return math.exp(low)
+
+
+def _next_beta(work: Tensor, beta: float, least: float) -> float:
+    """The largest step in beta that leaves the population that effective sample size."""
+
+    def ess(new: float) -> float:
+        return float(effective_sample_size(-(new - beta) * work))
+
+    if ess(1.0) >= least:
+        return 1.0
+    low, high = beta, 1.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if ess(middle) >= least else (low, middle)
+    return max(low, beta * 1.000001)
+
+
+def _unbounded(radius: float) -> str:
+    return (
+        f"energy must grow far from its minima, got one that is lowest at the rim of the search "
+        f"(|x| about {radius:.0e}): exp(-energy) cannot be normalised. Is it a log-probability, "
+        "with the opposite sign (energies.from_log_prob), or does it need bounds?"
+    )
