@@ -18,7 +18,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rsm_sampler.checkpoint import CheckpointError
+from rsm_sampler.diagnostics import Diagnosis
+from rsm_sampler.energy import BudgetExceededError, EnergyError
+from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.loggers import JSONLinesLogger, Logger, MemoryLogger, TensorBoardLogger
+from rsm_sampler.trainer import EnergyDiffusionTrainer, Progress, TrainerConfig
 
 if TYPE_CHECKING:
     import energies as energies
@@ -27,11 +31,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetExceededError",
     "CheckpointError",
+    "Diagnosis",
+    "EnergyDiffusionTrainer",
+    "EnergyError",
+    "EnergySampler",
     "JSONLinesLogger",
     "Logger",
     "MemoryLogger",
+    "Progress",
     "TensorBoardLogger",
+    "TrainerConfig",
     "__version__",
 ]
 

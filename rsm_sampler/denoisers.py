@@ -79,7 +79,9 @@ class Denoiser(nn.Module):
         root = total.sqrt().unsqueeze(-1)
         keep = (self.sigma_data**2 / total).unsqueeze(-1)
         log_sigma = (sigma / self.sigma_data).log()
-        arguments = (x_t / root, log_sigma) if context is None else (x_t / root, log_sigma, context)
+        arguments = (
+            (x_t / root, log_sigma) if context is None else (x_t / root, log_sigma, context)
+        )
         output = self.network(*arguments)
         return torch.addcmul(keep * x_t, sigma.unsqueeze(-1) * self.sigma_data / root, output)
 

@@ -29,7 +29,8 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -60,10 +61,11 @@ class Bank:
         loc: Weighted mean of all points, (dim).
         scale_tril: Cholesky factor of their weighted covariance, (dim, dim).
         method: ``"bank"`` for independent draws with exact weights, ``"chains"`` for dependent
-            draws of equal weight.
+            draws of equal weight, ``"samples"`` for given data.
         log_z: Estimate of log Z (of the mean over contexts, with contexts).
         log_z_se: Its standard error; NaN for chains.
         ess: Effective sample size, summed over rows; for chains the size of the population.
+        density: What the points were drawn from; None for chains.
     """
 
     points: Tensor
@@ -75,6 +77,74 @@ class Bank:
     log_z: float
     log_z_se: float
     ess: float
+    density: "KernelDensity | None" = None
+
+    @classmethod
+    def of_draws(
+        cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: "KernelDensity"
+    ) -> "Bank":
+        """A bank of independent draws with exact weights; it works out the rest."""
+        columns = log_weight.shape[1]
+        row_ess = effective_sample_size(log_weight)
+        row_log_z = torch.logsumexp(log_weight, -1) - math.log(columns)
+        relative = ((columns / row_ess - 1) / columns).clamp(min=0)
+        loc, scale_tril = _moments(points, torch.softmax(log_weight, -1) / len(log_weight))
+        return cls(
+            points=points,
+            log_weight=log_weight,
+            context=context,
+            loc=loc,
+            scale_tril=scale_tril,
+            method="bank",
+            log_z=float(row_log_z.mean()),
+            log_z_se=float(relative.sqrt().mean() / math.sqrt(len(row_ess))),
+            ess=float(row_ess.sum()),
+            density=density,
+        )
+
+    @classmethod
+    def of_samples(
+        cls, points: Tensor, *, method: str = "samples", log_z: float = math.nan
+    ) -> "Bank":
+        """A bank of equally weighted points (n, dim)."""
+        loc, scale_tril = _moments(points, torch.full_like(points[:, 0], 1 / len(points)))
+        return cls(
+            points=points[None],
+            log_weight=torch.zeros_like(points[None, :, 0]),
+            context=None,
+            loc=loc,
+            scale_tril=scale_tril,
+            method=method,
+            log_z=log_z,
+            log_z_se=math.nan,
+            ess=float(len(points)),
+        )
+
+    def extended(self, n: int, evaluate: Evaluate, generator: torch.Generator) -> "Bank":
+        """The bank with n more draws of the same density; without contexts only."""
+        assert self.density is not None and self.context is None
+        x = self.density.sample(n, generator)
+        log_weight = -evaluate(x, None).to(x.dtype) - self.density.log_prob(x)
+        return Bank.of_draws(
+            torch.cat([self.points, x[None]], 1),
+            torch.cat([self.log_weight, log_weight[None]], 1),
+            None,
+            self.density,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that make the same bank again."""
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        state["density"] = None if self.density is None else self.density.state()
+        return state
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> "Bank":
+        """The bank of :meth:`state`."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()}
+        if state["density"] is not None:
+            moved["density"] = KernelDensity.from_state(state["density"], device)
+        return cls(**moved)
 
 
 class StudentT:
@@ -92,11 +162,17 @@ class StudentT:
     def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
         """n draws."""
         dim = len(self.loc)
-        noise = torch.randn(n, dim, dtype=self.loc.dtype, device=self.loc.device,
-                            generator=generator)
+        noise = torch.randn(
+            n, dim, dtype=self.loc.dtype, device=self.loc.device, generator=generator
+        )
         # A chi-square draw with df degrees of freedom as a sum of squares (df is an integer here).
-        square = torch.randn(n, int(self.df), dtype=self.loc.dtype, device=self.loc.device,
-                             generator=generator).square().sum(-1, keepdim=True)
+        square = (
+            torch.randn(
+                n, int(self.df), dtype=self.loc.dtype, device=self.loc.device, generator=generator
+            )
+            .square()
+            .sum(-1, keepdim=True)
+        )
         return self.loc + (noise @ self.scale_tril.mT) * (self.df / square).sqrt()
 
     def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
@@ -140,12 +216,36 @@ class KernelDensity:
     ) -> None:
         self.weight, self.broad, self.share = weight, broad, share
         self.white = self._whiten(centres)
-        distance = torch.cdist(
-            self.white, self.white, compute_mode="donot_use_mm_for_euclid_dist"
-        )
+        distance = torch.cdist(self.white, self.white, compute_mode="donot_use_mm_for_euclid_dist")
         k = min(neighbours + 1, len(centres))
         kth = distance.kthvalue(k, dim=1).values
         self.bandwidth = torch.where(kth > 0, kth, 1.0)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that make the same density again."""
+        broad = self.broad
+        return {
+            "white": self.white,
+            "weight": self.weight,
+            "bandwidth": self.bandwidth,
+            "loc": broad.loc,
+            "scale_tril": broad.scale_tril,
+            "df": broad.df,
+            "share": self.share,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> "KernelDensity":
+        """The density of :meth:`state`."""
+        density = cls.__new__(cls)
+        density.broad = StudentT(
+            state["loc"].to(device), state["scale_tril"].to(device), state["df"]
+        )
+        density.share = state["share"]
+        density.white, density.weight, density.bandwidth = (
+            state[key].to(device) for key in ("white", "weight", "bandwidth")
+        )
+        return density
 
     def _whiten(self, x: Tensor) -> Tensor:
         shifted = (x - self.broad.loc).mT
@@ -157,7 +257,10 @@ class KernelDensity:
         white = self.white
         index = torch.multinomial(self.weight, n - num_broad, True, generator=generator)
         noise = torch.randn(
-            len(index), white.shape[-1], dtype=white.dtype, device=white.device,
+            len(index),
+            white.shape[-1],
+            dtype=white.dtype,
+            device=white.device,
             generator=generator,
         )
         z = white[index] + self.bandwidth[index, None] * noise
@@ -171,7 +274,7 @@ class KernelDensity:
         offset = -dim * (self.bandwidth.log() + 0.5 * math.log(2 * math.pi))
         offset = offset - self.broad.scale_tril.diagonal().log().sum() + self.weight.log()
         pieces = []
-        for piece in self._whiten(x).split(max(1, 4_000_000 // len(inverse))):
+        for piece in self._whiten(x).split(max(1, 250_000 // len(inverse))):
             square = torch.zeros(len(piece), len(inverse), dtype=x.dtype, device=x.device)
             for axis in range(dim):
                 gap = (piece[:, axis, None] - self.white[:, axis]) * inverse
@@ -323,9 +426,11 @@ class _Finder:
         x = loc + scales[pick, None] * z
         square = (x - loc).square().sum(-1, keepdim=True)
         log_scale = scales.log()
-        log_q = torch.logsumexp(
-            -0.5 * square / scales.square() - self.dim * log_scale, -1
-        ) - math.log(_SCALES) - 0.5 * self.dim * math.log(2 * math.pi)
+        log_q = (
+            torch.logsumexp(-0.5 * square / scales.square() - self.dim * log_scale, -1)
+            - math.log(_SCALES)
+            - 0.5 * self.dim * math.log(2 * math.pi)
+        )
         found, _ = self._evaluated(x, log_q, rows)
         few = min(0.1 * stage, max(24.0, 3.0 * self.dim))
         many = max(few, 0.08 * stage)
@@ -364,20 +469,8 @@ class _Finder:
 
     def _fit(self, found: _Weighted, beta: float) -> StudentT:
         """Student-t with the weighted moments, shrunk to a diagonal where there are few points."""
-        weight = found.normalised(beta).reshape(-1, 1)
-        x = found.x.reshape(-1, self.dim)
-        loc = (weight * x).sum(0)
-        centred = x - loc
-        covariance = (weight * centred).mT @ centred
-        ess = float(1 / weight.square().sum())
-        shrink = self.dim / (self.dim + ess)
-        diagonal = covariance.diagonal().clamp(min=1e-300)
-        if self.dim > 1:  # and the diagonal towards its mean, on the log scale
-            mean = diagonal.log().mean()
-            diagonal = torch.exp((1 - 1 / ess) * diagonal.log() + mean / ess)
-        covariance = (1 - shrink) * covariance + shrink * diagonal.diag()
-        covariance = covariance + 1e-12 * covariance.diagonal().diag()
-        return StudentT(loc, torch.linalg.cholesky(covariance * 1.2))
+        loc, scale_tril = _moments(found.x, found.normalised(beta))
+        return StudentT(loc, scale_tril * math.sqrt(1.2))
 
     def density(
         self, found: _Weighted, broad: StudentT, *, share: float = 0.1, most: int = 1000
@@ -412,23 +505,10 @@ class _Finder:
         if rows > 1:
             x = x[torch.randperm(size, generator=self.generator, device=x.device)]
         found, context = self._evaluated(x, density.log_prob(x), rows)
-        log_weight = found.log_weight(1.0)
-        columns = log_weight.shape[1]
-        row_ess = effective_sample_size(log_weight)
-        row_log_z = torch.logsumexp(log_weight, -1) - math.log(columns)
-        relative = ((columns / row_ess - 1) / columns).clamp(min=0)
-        fit = self._fit(found, 1.0)
-        return Bank(
-            found.x,
-            log_weight,
-            context,
-            fit.loc,
-            fit.scale_tril / math.sqrt(1.2),
-            "bank",
-            float(row_log_z.mean()),
-            float(relative.sqrt().mean() / math.sqrt(rows)),
-            float(row_ess.sum()),
-        )
+        return Bank.of_draws(found.x, found.log_weight(1.0), context, density)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return _moments(x, torch.full_like(x[:, 0], 1 / len(x)))[1]
 
     def chains(self, proposal: StudentT, found: _Weighted, beta: float, evaluations: int) -> Bank:
         """Stage 4: sequential Monte Carlo with random-walk moves from q to the target."""
@@ -440,7 +520,7 @@ class _Finder:
         log_q = found.log_proposal.reshape(-1)[keep].clone()
         log_z = float(torch.logsumexp(log_weight, 0)) - math.log(len(flat))
         like = {"dtype": x.dtype, "device": x.device, "generator": self.generator}
-        scale_tril = self._population_tril(x)
+        scale_tril = self._spread(x)
         step, used, sweep = 0.5, 0, 0
         while used + size <= evaluations:
             if beta < 1 and sweep % 4 == 0:
@@ -451,7 +531,7 @@ class _Finder:
                 log_z += float(torch.logsumexp(log_weight, 0)) - math.log(size)
                 index = stratified_indices(cumulative_weight(x, log_weight), size, self.generator)
                 x, energy, log_q, beta = x[index], energy[index], log_q[index], new_beta
-                scale_tril = self._population_tril(x)
+                scale_tril = self._spread(x)
             # Steps of all lengths over a decade and a half: moves within wells and between them.
             length = step * 10 ** (0.5 - 1.5 * torch.rand(size, 1, **like))
             trial = x + length * (torch.randn(x.shape, **like) @ scale_tril.mT)
@@ -468,23 +548,23 @@ class _Finder:
         self.spent += used
         if self.check is not None:
             self.check(x)
-        return Bank(
-            points=x[None],
-            log_weight=torch.zeros_like(energy)[None],
-            context=None,
-            loc=x.mean(0),
-            scale_tril=self._population_tril(x),
-            method="chains",
-            log_z=log_z,
-            log_z_se=math.nan,
-            ess=float(size),
-        )
+        return Bank.of_samples(x, method="chains", log_z=log_z)
 
-    def _population_tril(self, x: Tensor) -> Tensor:
-        uniform = _Weighted(
-            x[None], torch.zeros_like(x[None, :, 0]), torch.zeros_like(x[None, :, 0])
-        )
-        return self._fit(uniform, 1.0).scale_tril / math.sqrt(1.2)
+
+def _moments(points: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean and Cholesky factor of the covariance, shrunk where there are few points."""
+    dim = points.shape[-1]
+    weight, x = weight.reshape(-1, 1), points.reshape(-1, dim)
+    loc = (weight * x).sum(0)
+    centred = x - loc
+    covariance = (weight * centred).mT @ centred
+    ess = float(1 / weight.square().sum())
+    shrink = dim / (dim + ess)
+    diagonal = covariance.diagonal().clamp(min=1e-300)
+    if dim > 1:  # the diagonal, too, goes towards its mean, on the log scale
+        diagonal = torch.exp((1 - 1 / ess) * diagonal.log() + diagonal.log().mean() / ess)
+    covariance = (1 - shrink) * covariance + shrink * diagonal.diag()
+    return loc, torch.linalg.cholesky(covariance + 1e-12 * diagonal.diag())
 
 
 def _largest_beta(found: _Weighted, least: float) -> float:
@@ -494,7 +574,9 @@ def _largest_beta(found: _Weighted, least: float) -> float:
     low, high = -40.0, 0.0  # log beta
     for _ in range(40):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if float(found.ess(math.exp(middle))) >= least else (low, middle)
+        low, high = (
+            (middle, high) if float(found.ess(math.exp(middle))) >= least else (low, middle)
+        )
     return math.exp(low)
 
 

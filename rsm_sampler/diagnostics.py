@@ -1,0 +1,488 @@
+r"""May I trust these samples? A verdict that can be wrong in neither direction.
+
+What a sampler says of itself cannot show what it never saw: its effective sample size, its log Z
+and short chains from its draws all look perfect when a mode is missing. So trust rests on an
+**independent witness**: energies at points that were never fed to training, drawn far beyond the
+sampler's own reach, or parallel tempering where such points are too few to say anything. Six
+questions, each with its error:
+
+=================== ===============================================================================
+effective sample    exact importance weights of n fresh draws; their share of equal weight
+weight tail         shape of the generalised Pareto law of the largest weights, if the top hundredth
+                    of them carries over 5 % of the total; above 0.7 averages have no reliable error
+log Z               the sampler's against the witness's
+masses              the share of raw draws in each of up to 24 cells against the witness's; cells
+                    are nearest-centre regions over the draws of *both*
+drift               mean energy change of draws under a short exact chain
+witness             its own effective size: an inconclusive witness is no confirmation
+=================== ===============================================================================
+
+A difference counts against the sampler if it exceeds a stated tolerance by more than 4 standard
+errors, so a good sampler is blamed with probability below :math:`10^{-3}` over all questions
+together (24 cells and 3 more, two-sided normal tails of :math:`6 \cdot 10^{-5}` each, and the
+tolerance on top).
+
+References:
+    | Pareto smoothed importance sampling (Vehtari et al., 2024), section 2
+    | https://arxiv.org/abs/1507.02646
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.kernels import cumulative_weight, stratified_indices
+from rsm_sampler.mcmc import refine, run_mcmc
+from rsm_sampler.search import KernelDensity, StudentT
+
+if TYPE_CHECKING:
+    from rsm_sampler.energy_sampler import EnergySampler
+
+__all__ = ["Diagnosis", "Witness", "diagnose", "pareto_shape"]
+
+_LEAST_ESS = 0.7  # share of equally weighted draws, ODE weights
+_LOG_Z_TOLERANCE = 0.03
+_MASS_TOLERANCE = 0.015
+_DRIFT_TOLERANCE = 0.1  # of the energies' standard deviation
+_SIGNIFICANT = 4.0
+_CELLS = 24
+
+
+@dataclass(frozen=True)
+class Witness:
+    """An estimate of the target that owes nothing to the training.
+
+    Attributes:
+        method: ``"broad bank"`` or ``"parallel tempering"``.
+        evaluations: Energy evaluations it took.
+        ess: Its effective sample size.
+        log_z: Its estimate of log Z.
+        log_z_se: The standard error of it.
+        masses: Its masses of the cells.
+        masses_se: Their standard errors.
+        reach: Radius within which half of its points lie, in widths of the sampler's target.
+    """
+
+    method: str
+    evaluations: int
+    ess: float
+    log_z: float
+    log_z_se: float
+    masses: Tensor
+    masses_se: Tensor
+    reach: float
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether it can confirm anything."""
+        return self.ess >= 300 and self.log_z_se <= 0.1 and float(self.masses_se.amax()) <= 0.05
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdict and what it rests on; print it.
+
+    Attributes:
+        trustworthy: Whether raw samples can be used as samples of the target.
+        n: Number of draws examined.
+        ess: Their effective sample size, in draws.
+        log_z: The sampler's importance estimate of log Z.
+        log_z_se: Its standard error.
+        pareto_k: Shape of the weight tail.
+        drift: Mean energy change under a short exact chain.
+        drift_se: Its standard error.
+        worst_cell: Largest difference of a cell's mass to the witness.
+        witness: The witness.
+        evaluations: Energy evaluations of the diagnosis, the witness's included.
+        findings: What speaks against the sampler.
+        advice: What to try next.
+        contexts: Number of contexts examined (this is the worst one), 0 without contexts.
+    """
+
+    trustworthy: bool
+    n: int
+    ess: float
+    log_z: float
+    log_z_se: float
+    pareto_k: float
+    drift: float
+    drift_se: float
+    worst_cell: float
+    witness: Witness
+    evaluations: int
+    findings: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    contexts: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """One word."""
+        return "trustworthy" if self.trustworthy else "NOT trustworthy"
+
+    def __str__(self) -> str:
+        w = self.witness
+        lines = [
+            f"verdict       {self.verdict}"
+            + (f" (worst of {self.contexts} contexts)" if self.contexts else ""),
+            f"ESS           {self.ess:.0f} of n = {self.n} ({self.ess / self.n:.1%})",
+            f"weight tail   Pareto k = {self.pareto_k:.2f} (reliable below 0.7)",
+            f"log Z         {self.log_z:.4f} ± {self.log_z_se:.4f}",
+            f"energy drift  {self.drift:+.3f} ± {self.drift_se:.3f} under a short exact chain",
+            f"witness       {w.method}, {w.evaluations:,} evaluations, ESS {w.ess:.0f}"
+            + ("" if w.conclusive else ", inconclusive"),
+            f"  log Z       {w.log_z:.4f} ± {w.log_z_se:.4f}",
+            f"  cell masses differ by at most {self.worst_cell:.4f} over {len(w.masses)} cells",
+            f"  searched    half of its points beyond {w.reach:.1f} widths of the samples' centre",
+        ]
+        lines += [f"against it    {finding}" for finding in self.findings]
+        lines += [f"try           {advice}" for advice in self.advice]
+        return "\n".join(lines)
+
+
+def diagnose(
+    sampler: "EnergySampler",
+    n: int = 8192,
+    *,
+    energy: MeteredEnergy,
+    context: Float[Tensor, " context_dim"] | None = None,
+    witness_evaluations: int | None = None,
+    num_contexts: int = 8,
+    seed: int = 0,
+) -> Diagnosis:
+    """Examine a sampler against an independent witness.
+
+    Arguments:
+        sampler: The sampler.
+        n: Number of fresh draws.
+        energy: Its energy. Evaluations are counted apart from any budget.
+        context: The context to examine; for a conditional sampler without one, ``num_contexts``
+            are drawn and the worst is reported.
+        witness_evaluations: Energy evaluations of the witness. If None, 65,536, or a quarter of
+            the training's budget where there was one (at least 2,000).
+        num_contexts: See context.
+        seed: Decides every random number.
+
+    Raises:
+        ValueError: If n is below 100, or a conditional sampler has neither context nor a way to
+            draw one.
+    """
+    if n < 100:
+        raise ValueError(f"n must be at least 100, got {n}")
+    if sampler.context_dim is not None and context is None:
+        if sampler.draw_context is None:
+            raise ValueError("context must be given for a conditional sampler that was loaded")
+        generator = torch.Generator(sampler.device).manual_seed(seed + 11)
+        contexts = sampler.draw_context(num_contexts, generator)
+        reports = [
+            diagnose(
+                sampler,
+                max(100, n // 2),
+                energy=energy,
+                context=row,
+                witness_evaluations=witness_evaluations,
+                seed=seed + i,
+            )
+            for i, row in enumerate(contexts)
+        ]
+        worst = min(reports, key=lambda report: (report.trustworthy, report.ess / report.n))
+        total = sum(report.evaluations for report in reports)
+        return Diagnosis(**{**worst.__dict__, "contexts": num_contexts, "evaluations": total})
+    return _Examination(sampler, n, energy, context, witness_evaluations, seed).report()
+
+
+class _Examination:
+    def __init__(
+        self,
+        sampler: "EnergySampler",
+        n: int,
+        energy: MeteredEnergy,
+        context: Tensor | None,
+        witness_evaluations: int | None,
+        seed: int,
+    ) -> None:
+        self.sampler, self.n, self.context = sampler, n, context
+        budget = energy.budget
+        self.energy = MeteredEnergy(energy.energy, sampler.dim, context_dim=sampler.context_dim)
+        if budget is not None:
+            self.n = min(n, max(100, budget // 10))
+        if witness_evaluations is None:
+            witness_evaluations = 65_536 if budget is None else max(2000, budget // 4)
+        self.witness_evaluations = witness_evaluations
+        self.generator = torch.Generator(sampler.device).manual_seed(seed + 104_729)
+
+    def report(self) -> Diagnosis:
+        draws = self.sampler.weighted_draws(
+            self.n, energy=self.energy, context=self.context, generator=self.generator
+        )
+        log_weight = draws.log_weight.double().cpu()
+        z = self._to_z(draws.x)
+        finite = log_weight.isfinite()
+        weight = torch.softmax(torch.where(finite, log_weight, -torch.inf), 0).nan_to_num(0.0)
+        ess = float(1 / weight.square().sum()) if bool(weight.sum() > 0) else 0.0
+        log_z = float(torch.logsumexp(log_weight[finite], 0)) - math.log(self.n)
+        log_z_se = math.sqrt(max(self.n / max(ess, 1e-9) - 1, 0) / self.n)
+        drift, drift_se, spread = self._drift(z)
+        witness, masses = self._witness(z)
+        shape = pareto_shape(log_weight[finite])
+
+        findings, advice = [], []
+        share = ess / self.n
+        enough = _LEAST_ESS if draws.log_prob is not None else 0.1
+        if not share >= enough:
+            findings.append(
+                f"effective sample size {share:.1%} of n = {self.n}, below {enough:.0%}"
+            )
+            advice.append("train longer: trainer.fit(max_cycles=...), or a wider network")
+        top = float(weight.sort().values[-max(1, self.n // 100) :].sum())
+        if shape > 0.7 and top > 0.05:
+            findings.append(
+                f"heavy weight tail, Pareto k = {shape:.2f} above 0.7, and a "
+                f"hundredth of the draws carries {top:.0%} of the weight"
+            )
+            advice.append("use sampler.weighted_draws(n).resample(m), or train longer")
+        gap = abs(log_z - witness.log_z)
+        error = math.hypot(log_z_se, witness.log_z_se)
+        if not gap <= _LOG_Z_TOLERANCE + _SIGNIFICANT * error:
+            findings.append(f"log Z differs from the witness by {gap:.3f} (error {error:.3f})")
+            advice.append(_MISSING)
+        noise = (masses * (1 - masses) / self.n + witness.masses_se.square()).sqrt()
+        difference = (masses - witness.masses).abs()
+        if not bool((difference <= _MASS_TOLERANCE + _SIGNIFICANT * noise).all()):
+            k = int((difference - _SIGNIFICANT * noise).argmax())
+            findings.append(
+                f"a region holds {float(masses[k]):.3f} of the samples where the witness has "
+                f"{float(witness.masses[k]):.3f} ± {float(witness.masses_se[k]):.3f}"
+            )
+            advice.append(_MISSING)
+        if not abs(drift) <= _DRIFT_TOLERANCE * spread + _SIGNIFICANT * drift_se:
+            findings.append(
+                f"energies drift by {drift:+.3f} ± {drift_se:.3f} under an exact chain"
+            )
+            advice.append("train longer, or refine the samples by rsm_sampler.mcmc.refine")
+        if not witness.conclusive:
+            findings.append(
+                f"the witness is inconclusive (ESS {witness.ess:.0f}, log Z error "
+                f"{witness.log_z_se:.2f}): unvisited modes cannot be excluded"
+            )
+            advice.append(
+                f"diagnose(witness_evaluations={4 * self.witness_evaluations}), or give the "
+                "trainer centre and scale"
+            )
+        method = self.sampler.search.get("method")
+        if method == "chains" and witness.method == "broad bank" and findings:
+            advice.append("a larger budget: the search fell back to chains")
+        return Diagnosis(
+            trustworthy=not findings,
+            n=self.n,
+            ess=ess,
+            log_z=log_z,
+            log_z_se=log_z_se,
+            pareto_k=shape,
+            drift=drift,
+            drift_se=drift_se,
+            worst_cell=float(difference.amax()),
+            witness=witness,
+            evaluations=self.energy.evaluations,
+            findings=findings,
+            advice=list(dict.fromkeys(advice)),
+        )
+
+    # The exact chain and the witness work in coordinates z, where the target has width one.
+
+    def _to_z(self, x: Tensor) -> Tensor:
+        u = self.sampler.bounds.inverse(x.double())
+        return self.sampler.affine.inverse(u).nan_to_num(0.0)
+
+    def _energy_of_z(self, z: Tensor, purpose: str) -> Tensor:
+        x, log_det = self.sampler.bounds.forward(self.sampler.affine.forward(z))
+        context = None
+        if self.context is not None:
+            row = torch.as_tensor(self.context, dtype=torch.float32, device=z.device)
+            context = row.expand(len(z), -1)
+        value = self.energy(x.float(), context, purpose=purpose).double()
+        return value - log_det - self.sampler.affine.log_det
+
+    def _drift(self, z: Tensor) -> tuple[float, float, float]:
+        """Energy drift of a short random walk, its standard error, the energies' spread."""
+        z = z[: min(len(z), 1024 if self.n >= 4096 else self.n // 4)]
+        steps = 20 if self.n >= 4096 else 10
+        result = refine(
+            lambda y: self._energy_of_z(y, "diagnosis"),
+            z,
+            steps=steps,
+            tuning_steps=steps,
+            generator=self.generator,
+        )
+        spread = float(result.energy[result.energy.isfinite()].std())
+        return float(result.energy_drift), float(result.energy_drift_se), spread
+
+    def _witness(self, z: Tensor) -> tuple[Witness, Tensor]:
+        witness, masses = self._broad_bank(z, self.witness_evaluations)
+        if witness.conclusive or self.witness_evaluations < 20_000 or self.sampler.dim < 3:
+            return witness, masses
+        tempered, tempered_masses = self._tempering(z)
+        return tempered, tempered_masses
+
+    def _broad_bank(self, z: Tensor, evaluations: int) -> tuple[Witness, Tensor]:
+        """Importance sampling from kernels around the draws and two wide laws."""
+        dim = z.shape[-1]
+        eye = torch.eye(dim, dtype=z.dtype, device=z.device)
+        centre = torch.zeros(dim, dtype=z.dtype, device=z.device)
+        wide, wider = StudentT(centre, 1.3 * eye), StudentT(centre, 4.0 * eye)
+        centres = z[:800].unique(dim=0)
+        equal = torch.full((len(centres),), 1 / len(centres), dtype=z.dtype, device=z.device)
+        near = KernelDensity(centres, equal, wide, share=0.6, neighbours=8)
+        few = evaluations // 8
+        points = torch.cat(
+            [near.sample(evaluations - few, self.generator), wider.sample(few, self.generator)]
+        )
+        log_q = torch.logaddexp(
+            near.log_prob(points) + math.log1p(-few / evaluations),
+            wider.log_prob(points) + math.log(few / evaluations),
+        )
+        log_weight = -self._energy_of_z(points, "witness") - log_q
+        weight = torch.softmax(log_weight, 0).nan_to_num(0.0)
+        ess = float(1 / weight.square().sum().clamp(min=1e-300))
+        log_z = float(torch.logsumexp(log_weight, 0)) - math.log(evaluations)
+        if bool(log_weight.isfinite().any()):
+            index = stratified_indices(cumulative_weight(points, log_weight), 4096, self.generator)
+            cells = _cells(torch.cat([z[:4096], points[index]]), self.generator)
+        else:
+            cells = z[:1]
+        inside = torch.nn.functional.one_hot(_nearest(points, cells), len(cells)).to(weight)
+        masses = weight @ inside
+        # Delta method for a ratio of weighted means.
+        se = (weight.square() @ (inside - masses).square()).sqrt()
+        reach = float(points.square().sum(-1).sqrt().median())
+        witness = Witness(
+            "broad bank",
+            evaluations,
+            ess,
+            log_z,
+            math.sqrt(max(1 / max(ess, 1e-9) - 1 / evaluations, 0.0)),
+            masses,
+            se,
+            reach,
+        )
+        return witness, _shares(z, cells)
+
+    def _tempering(self, z: Tensor) -> tuple[Witness, Tensor]:
+        """Parallel tempering from a reference twice as wide as the target."""
+        chains, levels = 48, 12
+        evaluations = 8 * self.witness_evaluations
+        like = {"dtype": z.dtype, "device": z.device, "generator": self.generator}
+        start = 2.0 * torch.randn(chains, z.shape[-1], **like)
+        finite = self._energy_of_z(start, "witness").isfinite()
+        start = torch.where(finite[:, None], start, z[: len(start)])
+        result = run_mcmc(
+            lambda y: self._energy_of_z(y, "witness"),
+            start,
+            evaluations=evaluations,
+            generator=self.generator,
+            num_levels=levels,
+            reference_loc=0.0,
+            reference_scale=2.0,
+            num_samples=chains * 64,
+        )
+        kept = result.chains  # (kept, chains, dim)
+        flat = kept.reshape(-1, z.shape[-1])
+        cells = _cells(torch.cat([z[:4096], flat]), self.generator)
+        number = len(cells)
+        by_chain = torch.nn.functional.one_hot(_nearest(flat, cells), number).double()
+        by_chain = by_chain.reshape(kept.shape[0], -1, number).mean(0)
+        masses = by_chain.mean(0)
+        se = by_chain.std(0) / math.sqrt(len(by_chain))
+        # Independent chains: the spread of their masses tells how many draws they are worth.
+        binomial = masses * (1 - masses)
+        worth = (binomial.sum() / se.square().sum().clamp(min=1e-12)).clamp(max=len(flat))
+        reach = float(start.square().sum(-1).sqrt().median())
+        witness = Witness(
+            "parallel tempering",
+            result.evaluations,
+            float(worth),
+            float(result.log_z),
+            float(result.log_z_se),
+            masses,
+            se,
+            reach,
+        )
+        return witness, _shares(z, cells)
+
+
+_MISSING = (
+    "modes are missing or weighted wrongly: a larger budget or search_evaluations, another seed, "
+    "or centre and scale that cover all of the target"
+)
+
+
+def pareto_shape(log_weight: Float[Tensor, " n"]) -> float:
+    r"""Shape k of the generalised Pareto law of the largest importance weights.
+
+    Below 0.5 the weights have a variance; above 0.7 their averages are unreliable at any
+    affordable n.
+
+    Arguments:
+        log_weight: Log-weights, (n), up to a constant.
+
+    Returns:
+        The estimate of Zhang and Stephens with the usual weak prior towards 0.5; ``inf`` for fewer
+        than 25 weights.
+
+    References:
+        | A new and efficient estimation method for the generalized Pareto distribution
+        | (Zhang and Stephens, 2009)
+        | https://doi.org/10.1198/tech.2009.08017
+
+    Example:
+        >>> pareto_shape(torch.zeros(1000)) < 0.1
+        True
+    """
+    n = len(log_weight)
+    tail = min(n // 5, math.ceil(3 * math.sqrt(n)))
+    if tail < 5:
+        return math.inf
+    ordered = (log_weight.double() - log_weight.amax()).exp().sort().values
+    excess = (ordered[-tail:] - ordered[-tail - 1]).clamp(min=0)
+    if float(excess[-1]) <= 1e-12 or float(excess[(tail + 2) // 4 - 1]) <= 0:
+        return 0.0
+    grid = 30 + int(math.sqrt(tail))
+    j = torch.arange(1, grid + 1, dtype=torch.float64)
+    quartile = excess[(tail + 2) // 4 - 1]
+    theta = 1 / excess[-1] + (1 - (grid / (j - 0.5)).sqrt()) / (3 * quartile)
+    k = torch.log1p(-theta[:, None] * excess).mean(-1)
+    profile = tail * ((-theta / k).log() - k - 1)
+    weight = torch.softmax(profile.nan_to_num(-torch.inf), 0)
+    best = float((weight * theta).sum())
+    shape = float(torch.log1p(-best * excess).mean())
+    return (tail * shape + 10 * 0.5) / (tail + 10)
+
+
+def _cells(points: Tensor, generator: torch.Generator) -> Tensor:
+    """Centres of nearest-centre cells: k-means from starts that are far apart."""
+    centres = points[:1]
+    for _ in range(min(_CELLS, len(points)) - 1):
+        square = torch.cdist(points, centres).amin(-1).square()
+        if not bool(square.sum() > 0):
+            break
+        pick = torch.multinomial(square / square.sum(), 1, generator=generator)
+        centres = torch.cat([centres, points[pick]])
+    for _ in range(10):
+        member = torch.nn.functional.one_hot(_nearest(points, centres), len(centres)).to(points)
+        count = member.sum(0)
+        centres = torch.where(
+            count[:, None] > 0, (member.mT @ points) / count.clamp(min=1)[:, None], centres
+        )
+    return centres
+
+
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    return torch.cat([torch.cdist(piece, centres).argmin(-1) for piece in points.split(16_384)])
+
+
+def _shares(points: Tensor, centres: Tensor) -> Tensor:
+    return torch.bincount(_nearest(points, centres), minlength=len(centres)).double() / len(points)

@@ -1,0 +1,364 @@
+r"""The result of training: a sampler with a density, diagnostics, and a file of its own.
+
+An :class:`EnergySampler` is a denoiser in standardised coordinates z (see
+:mod:`rsm_sampler.transforms`) with what is needed to speak in the user's coordinates x. It knows
+no energy by itself, so it can be saved and loaded without one; :meth:`EnergySampler.diagnose`
+asks for it.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsm_sampler import checkpoint
+from rsm_sampler.denoisers import Denoiser
+from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.estimators import effective_sample_size
+from rsm_sampler.kernels import cumulative_weight, stratified_indices
+from rsm_sampler.networks import MLP
+from rsm_sampler.samplers import DDIM, Ancestral, Heun, Langevin, Sampler
+from rsm_sampler.schedules import EDM
+from rsm_sampler.transforms import Affine, Bounds
+
+if TYPE_CHECKING:
+    from rsm_sampler.diagnostics import Diagnosis
+
+__all__ = ["EnergySampler", "WeightedDraws"]
+
+Method = Literal["heun", "ddim", "ancestral", "langevin"]
+_KIND, _VERSION = "sampler", 1
+_SAMPLERS: dict[str, type[Sampler]] = {
+    "heun": Heun,
+    "ddim": DDIM,
+    "ancestral": Ancestral,
+    "langevin": Langevin,
+}
+
+
+@dataclass(frozen=True)
+class WeightedDraws:
+    """Draws of a sampler with their importance log-weights.
+
+    Attributes:
+        x: Draws, (n, dim).
+        log_weight: ``-energy - log q``, (n); their log-mean-exp estimates log Z.
+        energy: Energies, (n).
+        log_prob: Log-density of the process that made the draws, (n); None for path weights.
+    """
+
+    x: Tensor
+    log_weight: Tensor
+    energy: Tensor
+    log_prob: Tensor | None
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size, in draws."""
+        return float(effective_sample_size(self.log_weight.double()))
+
+    def resample(
+        self, n: int, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """n draws resampled by weight, to be reported apart from raw ones."""
+        cumulative = cumulative_weight(self.x, self.log_weight)
+        return self.x[stratified_indices(cumulative, n, generator)]
+
+
+@dataclass
+class EnergySampler:
+    """Independent draws of a learned law, and its log-density.
+
+    Attributes:
+        denoiser: The denoiser, in coordinates z.
+        affine: From z to unbounded coordinates.
+        bounds: From unbounded to the user's coordinates.
+        schedule: Noise levels, in units of z.
+        num_steps: Steps of the default sampler.
+        architecture: Arguments of the network, to build it again.
+        seed: Seed of the sampler's own generator.
+        energy: The energy it was trained on; None after loading without one.
+        search: What the search found: ``log_z``, ``log_z_se``, ``ess``, ``method``.
+        history: Records of the training, one per check.
+        counts: Energy evaluations of search and training, by purpose.
+    """
+
+    denoiser: Denoiser
+    affine: Affine
+    bounds: Bounds
+    schedule: EDM
+    num_steps: int
+    architecture: dict[str, Any]
+    seed: int
+    energy: MeteredEnergy | None = None
+    search: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    draw_context: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device).manual_seed(self.seed + 1)
+
+    @property
+    def dim(self) -> int:
+        """Length of a point."""
+        return int(self.architecture["dim"])
+
+    @property
+    def context_dim(self) -> int | None:
+        """Length of a context, None without."""
+        return self.architecture["context_dim"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.denoiser.parameters()).device
+
+    def sample(
+        self,
+        n: int,
+        *,
+        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        method: Method = "heun",
+        num_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        chunk: int = 16_384,
+    ) -> Float[Tensor, "n dim"]:
+        """Independent draws, raw: neither reweighted nor refined.
+
+        Arguments:
+            n: Number of draws.
+            context: One context for all draws, or one for each.
+            method: ``"heun"`` (the probability-flow ODE), ``"ddim"``, ``"ancestral"`` or
+                ``"langevin"``.
+            num_steps: Number of noise levels; the trainer's choice if None.
+            generator: Source of randomness; the sampler's own if None.
+            chunk: Draws worked on at a time; bounds the memory and suits the cache.
+
+        Raises:
+            ValueError: If n is negative, the context does not fit, or the method is unknown.
+        """
+        context = self._context(n, context)
+        generator = self.generator if generator is None else generator
+        sampler = self.process(method, num_steps)
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        pieces = [torch.zeros(0, self.dim, device=self.device)]
+        for i in range(0, n, chunk):
+            piece = None if context is None else context[i : i + chunk]
+            z = sampler.sample(min(chunk, n - i), context=piece, generator=generator)
+            pieces.append(self._to_x(z)[0])
+        return torch.cat(pieces)
+
+    def process(self, method: Method = "heun", num_steps: int | None = None) -> Sampler:
+        """The sampling process in coordinates z, for use on its own."""
+        if method not in _SAMPLERS:
+            raise ValueError(f"method must be one of {sorted(_SAMPLERS)}, got {method!r}")
+        sigmas = self.schedule.sigmas(self.num_steps if num_steps is None else num_steps)
+        return _SAMPLERS[method](self.denoiser, sigmas, dim=self.dim)
+
+    def sample_with_log_prob(
+        self,
+        n: int,
+        *,
+        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        num_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
+        """Draws of the ODE sampler with the exact log-density of the map that made them."""
+        context = self._context(n, context)
+        flow = self.process("heun", num_steps)
+        assert isinstance(flow, Heun)
+        generator = self.generator if generator is None else generator
+        z, log_prob = flow.sample_with_log_prob(n, context=context, generator=generator)
+        x, log_det = self._to_x(z)
+        return x, log_prob - log_det
+
+    def weighted_draws(
+        self,
+        n: int,
+        *,
+        energy: MeteredEnergy | None = None,
+        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        purpose: str = "diagnosis",
+        generator: torch.Generator | None = None,
+    ) -> WeightedDraws:
+        """Draws with exact importance weights.
+
+        Up to 16 dimensions from the ODE sampler and its density, beyond that from the ancestral
+        one and its path weights, which cost no derivatives but vary more.
+        """
+        energy = self._energy(energy)
+        if self.dim <= 16:
+            x, log_prob = self.sample_with_log_prob(n, context=context, generator=generator)
+            value = energy(x, self._context(n, context), purpose=purpose)
+            return WeightedDraws(x, -value - log_prob, value, log_prob)
+        full = self._context(n, context)
+        chain = self.process("ancestral", 4 * self.num_steps)
+        assert isinstance(chain, Ancestral)
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def in_z(z: Tensor, c: Tensor | None = None) -> Tensor:
+            x, log_det = self._to_x(z)
+            value = energy(x, c, purpose=purpose)
+            kept.append((x, value))
+            return value - log_det
+
+        generator = self.generator if generator is None else generator
+        _, log_weight = chain.sample_with_path_weight(n, in_z, context=full, generator=generator)
+        x, value = kept[0]
+        return WeightedDraws(x, log_weight, value, None)
+
+    def log_prob(
+        self,
+        x: Float[Tensor, "n dim"],
+        *,
+        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        num_steps: int | None = None,
+        with_error: bool = False,
+    ) -> Float[Tensor, " n"] | tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Log-density at given points, by the probability-flow ODE with exact divergence.
+
+        Arguments:
+            x: Points, (n, dim); outside of the bounds the log-density is -inf.
+            context: One context for all points, or one for each.
+            num_steps: Number of noise levels; twice the sampler's if None.
+            with_error: Whether to return the step-doubling estimate of the error as well.
+
+        Raises:
+            ValueError: If x has another shape.
+        """
+        if x.dim() != 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape (n, {self.dim}), got {tuple(x.shape)}")
+        x = x.to(self.device)
+        context = self._context(len(x), context)
+        like = next(self.denoiser.parameters())
+        u = self.bounds.inverse(x)
+        inside = ~u.isnan().any(-1)
+        u = torch.where(inside.unsqueeze(-1), u, self.affine.loc.to(u))
+        z = self.affine.inverse(u).to(like.dtype)
+        flow = self.process("heun", 2 * self.num_steps if num_steps is None else num_steps)
+        assert isinstance(flow, Heun)
+        log_prob, error = flow.log_prob(z, context=context)
+        log_det = self.bounds.forward(u)[1] + self.affine.log_det
+        log_prob = torch.where(inside, log_prob - log_det, -torch.inf)
+        return (log_prob, error) if with_error else log_prob
+
+    def diagnose(
+        self,
+        n: int = 8192,
+        *,
+        energy: Callable[..., Tensor] | None = None,
+        context: Float[Tensor, " context_dim"] | None = None,
+        witness_evaluations: int | None = None,
+        seed: int | None = None,
+    ) -> "Diagnosis":
+        """How far to trust the samples; see :func:`rsm_sampler.diagnostics.diagnose`."""
+        from rsm_sampler.diagnostics import diagnose
+
+        metered = None
+        if energy is not None:
+            metered = MeteredEnergy(energy, self.dim, context_dim=self.context_dim)
+        return diagnose(
+            self,
+            n,
+            energy=self._energy(metered),
+            context=context,
+            witness_evaluations=witness_evaluations,
+            seed=self.seed if seed is None else seed,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the sampler, without its energy, to a file."""
+        checkpoint.save(path, self.state(), kind=_KIND, version=_VERSION)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that make the same sampler again."""
+        return {
+            "architecture": self.architecture,
+            "network": dict(self.denoiser.state_dict()),
+            "affine": self.affine.state_dict(),
+            "bounds": self.bounds.state_dict(),
+            "sigma": [self.schedule.sigma_min, self.schedule.sigma_max],
+            "num_steps": self.num_steps,
+            "seed": self.seed,
+            "search": self.search,
+            "history": self.history,
+            "counts": self.counts,
+        }
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        energy: Callable[..., Tensor] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "EnergySampler":
+        """Read a sampler; loading executes nothing.
+
+        Arguments:
+            path: The file.
+            energy: The energy, if it is to be diagnosed.
+            device: Where to put it.
+
+        Raises:
+            CheckpointError: If the file is missing, corrupt, or no sampler.
+        """
+        state = checkpoint.load(path, kind=_KIND, version=_VERSION)
+        return cls.from_state(state, energy=energy, device=device)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: dict[str, Any],
+        *,
+        energy: Callable[..., Tensor] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "EnergySampler":
+        """The sampler of :meth:`state`."""
+        denoiser = Denoiser(MLP(**state["architecture"]))
+        denoiser.load_state_dict(state["network"])
+        dim, context_dim = state["architecture"]["dim"], state["architecture"]["context_dim"]
+        return cls(
+            denoiser.to(device).requires_grad_(False),
+            Affine(**state["affine"]),
+            Bounds(state["bounds"]["low"], state["bounds"]["high"], dim),
+            EDM(*state["sigma"]),
+            state["num_steps"],
+            state["architecture"],
+            state["seed"],
+            None if energy is None else MeteredEnergy(energy, dim, context_dim=context_dim),
+            state["search"],
+            state["history"],
+            state["counts"],
+        )
+
+    def _to_x(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x of z, and log|det dx/dz|."""
+        x, log_det = self.bounds.forward(self.affine.forward(z))
+        return x, log_det + self.affine.log_det
+
+    def _energy(self, energy: MeteredEnergy | None) -> MeteredEnergy:
+        energy = self.energy if energy is None else energy
+        if energy is None:
+            raise ValueError("energy must be given for a sampler that was loaded without one")
+        return energy
+
+    def _context(self, n: int, context: Tensor | Sequence[float] | None) -> Tensor | None:
+        if (context is None) != (self.context_dim is None):
+            rule = "None" if self.context_dim is None else f"of length {self.context_dim}"
+            raise ValueError(f"context must be {rule}, got {context}")
+        if context is None or self.context_dim is None:
+            return None
+        context = torch.as_tensor(context, dtype=torch.float32, device=self.device)
+        if context.shape not in {(self.context_dim,), (n, self.context_dim)}:
+            raise ValueError(
+                f"context must have shape ({self.context_dim},) or ({n}, {self.context_dim}), "
+                f"got {tuple(context.shape)}"
+            )
+        return context.expand(n, self.context_dim)

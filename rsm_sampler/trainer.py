@@ -1,0 +1,664 @@
+r"""From an energy to a sampler: the training loop.
+
+:meth:`EnergyDiffusionTrainer.fit` does, in this order,
+
+1. **search** (:mod:`rsm_sampler.search`): location, scale and a bank of weighted points, from
+   energy values alone;
+2. **train** in cycles, each with a learning rate that falls to zero and a running mean of the
+   weights. With ``loss="mirror-descent"`` a step draws clean points from the bank by their
+   weights and regresses on them: loss (13), whose weights :math:`e^{-E}/\pi` are realised by
+   resampling. No energy is evaluated in these steps. With ``loss="reverse-sampling"`` a step
+   draws noisy points from ``proposal`` and K clean candidates for each: loss (14), K energy
+   evaluations and one network call per noisy point;
+3. **check** after each cycle: exact importance weights of fresh draws give the effective sample
+   size. Training stops when it is high enough, when the cycles are used up, or when the budget
+   is.
+
+Everything that decides the result is in ``state()``: a run that is interrupted and resumed gives
+the same numbers, bit for bit on the CPU with the same number of threads.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rsm_sampler import checkpoint
+from rsm_sampler.denoisers import Denoiser
+from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
+from rsm_sampler.energy_sampler import EnergySampler
+from rsm_sampler.kernels import (
+    GaussianReferenceKernel,
+    Kernel,
+    cumulative_weight,
+    stratified_indices,
+)
+from rsm_sampler.loggers import Logger
+from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
+from rsm_sampler.networks import MLP
+from rsm_sampler.proposals import Proposal
+from rsm_sampler.schedules import EDM
+from rsm_sampler.search import Bank, search
+from rsm_sampler.transforms import Affine, Bounds
+
+__all__ = ["EnergyDiffusionTrainer", "Progress", "TrainerConfig"]
+
+_KIND, _VERSION = "trainer", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How to train; the defaults serve any energy in a few dimensions.
+
+    Attributes:
+        search_evaluations: Energy evaluations of the search before the bank, without a budget.
+        bank_size: Energy evaluations of the bank, without a budget.
+        bank_contexts: Number of contexts in the bank of a conditional energy.
+        steps_per_cycle: Optimiser steps of the first cycle; each later one has half as many again.
+        max_cycles: Most cycles.
+        batch_size: Noisy points per step.
+        learning_rate: Peak learning rate of Adam; it falls to zero over each cycle.
+        target_ess: Share of equally weighted draws at which training has converged.
+        check_draws: Draws (and energy evaluations) of a check.
+        sigma_min: Lowest noise level, in units of the target's width.
+        sigma_max: Highest noise level, in the same units.
+        num_steps: Noise levels of the sampler.
+        width: Units per hidden layer.
+        depth: Hidden layers.
+        frequencies: Fourier features.
+        bandwidth: Their bandwidth.
+        num_draws: K of loss (14).
+        reference_scale: Scale of the Gaussian reference of loss (14)'s kernel, in the target's
+            widths.
+    """
+
+    search_evaluations: int = 150_000
+    bank_size: int = 300_000
+    bank_contexts: int = 1024
+    steps_per_cycle: int = 3000
+    max_cycles: int = 4
+    batch_size: int = 1024
+    learning_rate: float = 4e-3
+    target_ess: float = 0.985
+    check_draws: int = 8192
+    sigma_min: float = 0.004
+    sigma_max: float = 20.0
+    num_steps: int = 32
+    width: int = 128
+    depth: int = 3
+    frequencies: int = 32
+    bandwidth: float = 2.0
+    num_draws: int = 128
+    reference_scale: float = 2.5
+
+    def __post_init__(self) -> None:
+        for name in (
+            "search_evaluations",
+            "bank_size",
+            "bank_contexts",
+            "steps_per_cycle",
+            "max_cycles",
+            "batch_size",
+            "check_draws",
+            "num_steps",
+            "width",
+            "depth",
+            "num_draws",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "sigma_min", "reference_scale", "bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.sigma_max > self.sigma_min:
+            raise ValueError(
+                f"sigma_max must be above sigma_min {self.sigma_min}, got {self.sigma_max}"
+            )
+        if not 0 < self.target_ess <= 1:
+            raise ValueError(f"target_ess must be in (0, 1], got {self.target_ess}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback sees.
+
+    Attributes:
+        step: Optimiser steps so far.
+        cycle: Index of the cycle, from 0.
+        loss: Mean loss since the last call.
+        ess: Share of the effective sample size at the last check; NaN before the first.
+        evaluations: Energy evaluations so far.
+        seconds: Time spent in ``fit``.
+    """
+
+    step: int
+    cycle: int
+    loss: float
+    ess: float
+    evaluations: int
+    seconds: float
+
+
+class EnergyDiffusionTrainer:
+    r"""Trains a diffusion model on an energy, :math:`p(x) \propto \exp(-E(x))`.
+
+    Arguments:
+        energy: The energy: points (n, dim), and contexts (n, context_dim) if there are any, to
+            values (n). Only values are needed. See :mod:`energies` for adapters.
+        dim: Length of a point.
+        context_dim: Length of a context, for a conditional energy.
+        context: Draws contexts for training, ``(n, generator) -> (n, context_dim)``.
+        bounds: ``(low, high)``, numbers or one for each coordinate, infinite where there is none.
+        seed: Decides every random number.
+        device: ``"auto"`` takes a GPU where there is one.
+        budget: Most energy evaluations of ``fit``, search included; None for the config's.
+        loss: ``"mirror-descent"`` (13) or ``"reverse-sampling"`` (14).
+        proposal: h_t of loss (14), in standardised coordinates.
+        kernel: Reverse kernel of loss (14); a Gaussian reference of the target's width if None.
+        centre: Where to look first, one number for each coordinate.
+        scale: Width to look at, if known to an order of magnitude.
+        samples: Samples of the target, for denoising score matching (9) on data instead of a
+            search; the energy then only serves checks and diagnosis.
+        warm_start: A trained sampler whose network and coordinates are the start.
+        config: Everything else.
+
+    Raises:
+        TypeError: If the energy cannot be called.
+        ValueError: If an argument does not fit; the message names it.
+
+    Example:
+        >>> trainer = EnergyDiffusionTrainer(
+        ...     lambda x: x.square().sum(-1) / 2, dim=1, budget=2000, seed=0,
+        ...     config=TrainerConfig(steps_per_cycle=20, max_cycles=1, width=8, check_draws=64),
+        ... )
+        >>> sampler = trainer.fit(progress=False)
+        >>> sampler.sample(5).shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(
+        self,
+        energy: Callable[..., Tensor],
+        dim: int,
+        *,
+        context_dim: int | None = None,
+        context: Callable[..., Tensor] | None = None,
+        bounds: tuple[Any, Any] | None = None,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        budget: int | None = None,
+        loss: Literal["mirror-descent", "reverse-sampling"] = "mirror-descent",
+        proposal: Proposal | None = None,
+        kernel: Kernel | None = None,
+        centre: Sequence[float] | Tensor | None = None,
+        scale: float | None = None,
+        samples: Float[Tensor, "n dim"] | None = None,
+        warm_start: EnergySampler | None = None,
+        config: TrainerConfig | None = None,
+    ) -> None:
+        if (context_dim is None) != (context is None):
+            raise ValueError(
+                "context must be given together with context_dim, got "
+                f"context_dim={context_dim} and context={context}"
+            )
+        if loss not in {"mirror-descent", "reverse-sampling"}:
+            raise ValueError(f"loss must be 'mirror-descent' or 'reverse-sampling', got {loss!r}")
+        if (loss == "reverse-sampling") != (proposal is not None):
+            raise ValueError(
+                f"proposal must be given for, and only for, loss='reverse-sampling', got "
+                f"{proposal} with loss={loss!r}"
+            )
+        if loss == "reverse-sampling" and context is not None:
+            raise ValueError("loss must be 'mirror-descent' with contexts, got 'reverse-sampling'")
+        if budget is not None and budget < 500:
+            raise ValueError(f"budget must be at least 500 evaluations, got {budget}")
+        if scale is not None and not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        self.energy = MeteredEnergy(energy, dim, context_dim=context_dim, budget=budget)
+        self.config = config or TrainerConfig()
+        self.dim, self.context_dim, self.draw_context = dim, context_dim, context
+        self.seed = seed
+        self.device = _device(device)
+        low, high = (-math.inf, math.inf) if bounds is None else bounds
+        self.bounds = Bounds(low, high, dim)
+        self.loss, self.proposal = loss, proposal
+        self.kernel = kernel or GaussianReferenceKernel(
+            torch.zeros(dim, device=self.device), self.config.reference_scale, antithetic=True
+        )
+        self.centre = None if centre is None else torch.as_tensor(centre, dtype=torch.float64)
+        if self.centre is not None and self.centre.shape != (dim,):
+            raise ValueError(f"centre must have shape ({dim},), got {tuple(self.centre.shape)}")
+        self.scale = scale
+        self.samples = samples
+        if samples is not None and (samples.dim() != 2 or samples.shape[-1] != dim):
+            raise ValueError(f"samples must have shape (n, {dim}), got {tuple(samples.shape)}")
+
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        weights = torch.Generator().manual_seed(seed)
+        self.architecture: dict[str, Any] = {
+            "dim": dim,
+            "context_dim": context_dim,
+            "width": self.config.width,
+            "depth": self.config.depth,
+            "frequencies": self.config.frequencies,
+            "bandwidth": self.config.bandwidth,
+        }
+        if warm_start is not None and warm_start.architecture != self.architecture:
+            raise ValueError(
+                f"warm_start must have this trainer's architecture {self.architecture}, got "
+                f"{warm_start.architecture}"
+            )
+        self.denoiser = Denoiser(MLP(**self.architecture, generator=weights)).to(self.device)
+        self.average = Denoiser(MLP(**self.architecture, generator=weights)).to(self.device)
+        if warm_start is not None:
+            self.denoiser.load_state_dict(warm_start.denoiser.state_dict())
+            if self.centre is None:
+                self.centre = warm_start.affine.loc.double().cpu()
+                diagonal = warm_start.affine.scale_tril.diagonal().double()
+                self.scale = float(diagonal.log().mean().exp()) if scale is None else scale
+        self.average.load_state_dict(self.denoiser.state_dict())
+        self.average.requires_grad_(False)
+        self.optimiser = torch.optim.Adam(
+            self.denoiser.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99)
+        )
+        self.affine = Affine.identity(dim)
+        self.bank: Bank | None = None
+        self.history: list[dict[str, float]] = []
+        self.step = self.step_in_cycle = self.cycle = 0
+        self.seconds = 0.0
+        self._levels = _noise_levels(self.config).to(self.device)
+
+    @property
+    def evaluations(self) -> int:
+        """Energy evaluations so far."""
+        return self.energy.evaluations
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last check reached the wanted effective sample size."""
+        return bool(self.history) and self.history[-1]["ess"] >= self.config.target_ess
+
+    def fit(
+        self,
+        *,
+        budget: int | None = None,
+        max_cycles: int | None = None,
+        progress: bool | None = None,
+        callback: Callable[[Progress], bool | None] | None = None,
+        logger: Logger | None = None,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+    ) -> EnergySampler:
+        """Train until converged, out of cycles, or out of budget; call again to go on.
+
+        Arguments:
+            budget: A new budget of energy evaluations in total, search included.
+            max_cycles: A new number of cycles in total.
+            progress: Whether to show a progress bar; None to show it on a terminal.
+            callback: Called every 100 steps; a true return value stops the training.
+            logger: Receives loss, ess, evaluations and log_z.
+            checkpoint_path: A file that is written after the search, after every cycle, and
+                whenever training is interrupted. If it exists, training goes on from it.
+
+        Returns:
+            The sampler. After Ctrl-C, that of the weights so far.
+
+        Raises:
+            EnergyError: If the energy cannot be sampled, and why.
+            CheckpointError: If the checkpoint is not of this trainer.
+        """
+        path = None if checkpoint_path is None else Path(checkpoint_path)
+        if path is not None and path.exists() and self.step == 0 and self.bank is None:
+            self.load_state(checkpoint.load(path, kind=_KIND, version=_VERSION))
+        if budget is not None:
+            if budget < 1:
+                raise ValueError(f"budget must be at least 1, got {budget}")
+            self.energy.budget = budget
+        cycles = self.config.max_cycles if max_cycles is None else max_cycles
+        bar = tqdm(
+            total=0,
+            disable=None if progress is None else not progress,
+            unit="step",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}<{remaining}]{postfix}",
+        )
+        started = time.perf_counter() - self.seconds
+        try:
+            if self.bank is None:
+                self._search(bar)
+                self._save(path)
+            extended = self._extend(bar)
+            while (self.cycle < cycles and not self.converged) or extended:
+                extended = False
+                if self._train_cycle(bar, started, callback, logger):
+                    break
+                self._check(logger, started)
+                self._save(path)
+        except KeyboardInterrupt:
+            self._save(path)
+            if self.bank is None:
+                raise
+            bar.write("interrupted: returning what was learned so far")
+        except BaseException:
+            self._save(path)
+            raise
+        finally:
+            self.seconds = time.perf_counter() - started
+            bar.close()
+        return self.sampler()
+
+    def sampler(self) -> EnergySampler:
+        """A sampler of the weights so far; later training does not change it."""
+        bank = self.bank
+        denoiser = Denoiser(MLP(**self.architecture)).to(self.device)
+        denoiser.load_state_dict(self.average.state_dict())
+        return EnergySampler(
+            denoiser.requires_grad_(False),
+            self.affine,
+            self.bounds,
+            EDM(self.config.sigma_min, self.config.sigma_max),
+            self.config.num_steps,
+            self.architecture,
+            self.seed,
+            self.energy,
+            {}
+            if bank is None
+            else {
+                "log_z": bank.log_z,
+                "log_z_se": bank.log_z_se,
+                "ess": bank.ess,
+                "method": bank.method,
+            },
+            [dict(record) for record in self.history],
+            dict(self.energy.counts),
+            self.draw_context,
+        )
+
+    # ------------------------------------------------------------------ search
+
+    def _search(self, bar: tqdm) -> None:
+        if self.samples is not None:
+            bank = Bank.of_samples(self.bounds.inverse(self.samples.to(self.device).double()))
+        else:
+            reserve = 2 * self._check_size()
+            search_size, bank_size = self.config.search_evaluations, self.config.bank_size
+            if self.energy.budget is not None and self.energy.remaining is not None:
+                free = max(256, self.energy.remaining - reserve)
+                search_size = min(search_size, int(0.35 * free))
+                bank_size = min(bank_size, free - search_size)
+            bank = search(
+                self._unbounded_energy,
+                self.dim,
+                evaluations=search_size,
+                bank_size=bank_size,
+                generator=self.generator,
+                draw_context=None if self.draw_context is None else self._contexts,
+                rows=min(self.config.bank_contexts, max(1, bank_size // 128))
+                if self.draw_context
+                else 1,
+                centre=self.centre,
+                scale=self.scale,
+                check=self.energy.check,
+                report=lambda text: bar.set_description_str(f"search: {text}"),
+            )
+        self._adopt(bank)
+
+    def _adopt(self, bank: Bank) -> None:
+        self.bank = bank
+        self.affine = Affine(bank.loc, bank.scale_tril)
+        points = self.affine.inverse(bank.points).float()
+        rows, columns = points.shape[:2]
+        self._points = points.reshape(-1, self.dim)
+        normalised = bank.log_weight - torch.logsumexp(bank.log_weight, -1, keepdim=True)
+        self._cumulative = cumulative_weight(self._points, normalised.reshape(-1))
+        self._rows = columns
+        self._bank_context = None if bank.context is None else bank.context.float()
+
+    def _extend(self, bar: tqdm) -> bool:
+        """With budget left that the bank could use, make the bank larger."""
+        bank, left = self.bank, self.energy.remaining
+        if bank is None or bank.density is None or left is None or bank.context is not None:
+            return False
+        room = self.config.bank_size - bank.points.shape[1]
+        more = min(room, left - 2 * self._check_size())
+        if more < 0.5 * bank.points.shape[1]:
+            return False
+        bar.set_description_str("search: larger bank")
+        self._adopt(bank.extended(more, self._unbounded_energy, self.generator))
+        return self.step > 0
+
+    def _unbounded_energy(self, u: Tensor, context: Tensor | None) -> Tensor:
+        """Energy of unbounded coordinates, counted as search."""
+        x, log_det = self.bounds.forward(u)
+        value = self.energy(
+            x.float(), None if context is None else context.float(), purpose="search"
+        )
+        return value.double() - log_det
+
+    def _contexts(self, n: int) -> Tensor:
+        assert self.draw_context is not None
+        context = self.draw_context(n, self.generator)
+        if not isinstance(context, Tensor) or context.shape != (n, self.context_dim):
+            raise ValueError(
+                f"context must return shape ({n}, {self.context_dim}), got "
+                f"{tuple(context.shape) if isinstance(context, Tensor) else type(context)}"
+            )
+        return context.to(self.device)
+
+    # ---------------------------------------------------------------- training
+
+    def _train_cycle(
+        self,
+        bar: tqdm,
+        started: float,
+        callback: Callable[[Progress], bool | None] | None,
+        logger: Logger | None,
+    ) -> bool:
+        """One cycle; True if a callback asked to stop."""
+        config = self.config
+        length = round(config.steps_per_cycle * 1.5**self.cycle)
+        bar.reset(length)
+        bar.update(self.step_in_cycle)
+        bar.set_description_str(f"cycle {self.cycle + 1}")
+        total = torch.zeros((), device=self.device)
+        since = 0
+        while self.step_in_cycle < length:
+            warm = min(1.0, (self.step_in_cycle + 1) / 200)
+            fall = 0.5 * (1 + math.cos(math.pi * self.step_in_cycle / length))
+            peak = config.learning_rate * (1.0 if self.cycle == 0 else 0.6)
+            for group in self.optimiser.param_groups:
+                group["lr"] = peak * warm * fall + 1e-6
+            loss = self._loss()
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimiser.step()
+            self.step += 1
+            self.step_in_cycle += 1
+            keep = min(0.998, self.step / (self.step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    list(self.average.parameters()), list(self.denoiser.parameters()), 1 - keep
+                )
+            total += loss.detach()
+            since += 1
+            if self.step % 100 == 0 or self.step_in_cycle == length:
+                mean_loss = float(total) / since
+                total.zero_()
+                since_now, since = since, 0
+                ess = self.history[-1]["ess"] if self.history else math.nan
+                bar.update(since_now)
+                bar.set_postfix_str(
+                    f"loss {mean_loss:.4f}, ess {ess:.3f}, {self.evaluations:,} evaluations"
+                )
+                seconds = time.perf_counter() - started
+                if logger is not None:
+                    logger.log(self.step, loss=mean_loss, evaluations=self.evaluations)
+                state = Progress(self.step, self.cycle, mean_loss, ess, self.evaluations, seconds)
+                if callback is not None and callback(state):
+                    return True
+        self.cycle, self.step_in_cycle = self.cycle + 1, 0
+        return False
+
+    def _loss(self) -> Tensor:
+        config, generator = self.config, self.generator
+        n = config.batch_size
+        u = torch.rand(n, device=self.device, generator=generator)
+        u = (u + torch.arange(n, device=self.device)) / n * (len(self._levels) - 1)
+        below = u.long().clamp(max=len(self._levels) - 2)
+        log_sigma = torch.lerp(self._levels[below], self._levels[below + 1], u - below)
+        sigma = log_sigma.exp()
+        if self.loss == "reverse-sampling":
+            assert self.proposal is not None
+            x_t = self.proposal.draw(n, sigma, generator=generator)
+            return reverse_sampling_loss(
+                self.denoiser,
+                self._standard_energy,
+                x_t,
+                sigma,
+                self.kernel,
+                config.num_draws,
+                generator=generator,
+            ).mean()
+        index = stratified_indices(self._cumulative, n, generator)
+        # Stratified draws come sorted; so do the noise levels. Shuffle one of them.
+        index = index[torch.randperm(n, device=self.device, generator=generator)]
+        context = None if self._bank_context is None else self._bank_context[index // self._rows]
+        return denoising_loss(
+            self.denoiser, self._points[index], sigma, context=context, generator=generator
+        ).mean()
+
+    def _standard_energy(self, z: Tensor) -> Tensor:
+        x, log_det = self.bounds.forward(self.affine.forward(z))
+        return self.energy(x, purpose="training") - log_det
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_size(self) -> int:
+        size = self.config.check_draws
+        if self.energy.budget is not None:
+            size = min(size, self.energy.budget // 40)
+        return max(16, size)
+
+    def _check(self, logger: Logger | None, started: float) -> None:
+        """Exact importance weights of fresh draws, into the history."""
+        size = self._check_size()
+        record = {"step": float(self.step), "ess": math.nan, "log_z": math.nan}
+        if self.energy.remaining is None or self.energy.remaining >= size:
+            sampler = self.sampler()
+            sampler.generator.manual_seed(self.seed + 7919 * (self.cycle + 1))
+            context = None if self.draw_context is None else self._contexts(size)
+            try:
+                draws = sampler.weighted_draws(size, context=context, purpose="check")
+                self.energy.check(draws.x)
+                log_weight = draws.log_weight.double()
+                record["log_z"] = float(torch.logsumexp(log_weight, 0)) - math.log(size)
+                record["ess"] = _share(log_weight)
+            except BudgetExceededError:
+                pass
+        record["evaluations"] = float(self.evaluations)
+        record["seconds"] = time.perf_counter() - started
+        self.history.append(record)
+        if logger is not None:
+            logger.log(self.step, **{k: v for k, v in record.items() if k != "step"})
+
+    # -------------------------------------------------------------- checkpoint
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that an exact continuation needs."""
+        checkpoint.save(path, self.state(), kind=_KIND, version=_VERSION)
+
+    def _save(self, path: Path | None) -> None:
+        if path is not None and self.bank is not None:
+            self.save(path)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values of an exact continuation."""
+        return {
+            "config": asdict(self.config),
+            "architecture": self.architecture,
+            "seed": self.seed,
+            "loss": self.loss,
+            "bounds": self.bounds.state_dict(),
+            "counts": dict(self.energy.counts),
+            "budget": self.energy.budget,
+            "bank": None if self.bank is None else self.bank.state(),
+            "denoiser": dict(self.denoiser.state_dict()),
+            "average": dict(self.average.state_dict()),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": checkpoint.generator_state(self.generator),
+            "history": self.history,
+            "step": self.step,
+            "step_in_cycle": self.step_in_cycle,
+            "cycle": self.cycle,
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state` was taken.
+
+        Raises:
+            CheckpointError: If the state is of a trainer with other settings.
+        """
+        mine = {
+            "config": asdict(self.config),
+            "architecture": self.architecture,
+            "seed": self.seed,
+            "loss": self.loss,
+        }
+        for key, value in mine.items():
+            if state[key] != value:
+                raise checkpoint.CheckpointError(
+                    f"checkpoint must be of this trainer, with {key} {value}, got {state[key]}"
+                )
+        self.energy.counts = dict(state["counts"])
+        if self.energy.budget is None:
+            self.energy.budget = state["budget"]
+        if state["bank"] is not None:
+            self._adopt(Bank.from_state(state["bank"], self.device))
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        checkpoint.restore_generator(self.generator, state["generator"])
+        self.history = [dict(record) for record in state["history"]]
+        self.step, self.step_in_cycle = state["step"], state["step_in_cycle"]
+        self.cycle, self.seconds = state["cycle"], state["seconds"]
+
+
+def _share(log_weight: Tensor) -> float:
+    """Effective sample size over the number of draws; 0 if no draw has weight."""
+    if not bool(log_weight.isfinite().any()) or bool(log_weight.isnan().any()):
+        return 0.0
+    weight = torch.softmax(log_weight, 0)
+    return float(1 / weight.square().sum()) / len(log_weight)
+
+
+def _noise_levels(config: TrainerConfig, size: int = 512) -> Tensor:
+    r"""Quantiles of the training law of log sigma.
+
+    The divergence between model and target gathers
+    :math:`\mathbb E\|\Delta F\|^2 / (1 + \sigma^2)` per unit of log sigma, where F is the
+    network's output, so levels above the target's width matter less and are drawn less often.
+    """
+    grid = torch.linspace(math.log(config.sigma_min), math.log(config.sigma_max), 4096)
+    density = 0.1 + (1 + grid.exp().square()).rsqrt()
+    mass = torch.cat([torch.zeros(1), (0.5 * (density[1:] + density[:-1])).cumsum(0)])
+    place = torch.searchsorted(mass / mass[-1], torch.linspace(0, 1, size)).clamp(max=4095)
+    return grid[place]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be available on this machine, got {device!r}") from error
+    return chosen
