@@ -23,6 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.kernels import sigma_column
+from rsm_sampler.networks import shared_level
+
 __all__ = ["Denoiser", "DenoiserFunction"]
 
 
@@ -71,34 +74,69 @@ class Denoiser(nn.Module):
         sigma: Float[Tensor, "*#batch"] | float,
         context: Float[Tensor, "*batch context_dim"] | None = None,
     ) -> Float[Tensor, "*batch dim"]:
-        """The posterior mean of the clean point, with the shape of x_t."""
-        if not isinstance(sigma, Tensor):
-            sigma = torch.tensor(sigma, dtype=x_t.dtype, device=x_t.device)
-        sigma = sigma.expand(x_t.shape[:-1])
-        total = sigma.square() + self.sigma_data**2
+        r"""The posterior mean of the clean point.
+
+        Arguments:
+            x_t: Noisy points, with shape :math:`(*, d)`.
+            sigma: Noise levels, positive, broadcastable to :math:`(*)`. A level that the whole
+                batch shares (a number, or an expanded tensor) is cheaper than one for each point.
+            context: A context for each point, for a network that takes one.
+
+        Returns:
+            The denoised points :math:`D(x_t, \sigma)`, with the shape of x_t.
+
+        Raises:
+            ValueError: If sigma does not broadcast to the batch shape, or is a number that is not
+                positive.
+        """
+        if not isinstance(sigma, Tensor) and not sigma > 0:
+            raise ValueError(f"sigma must be positive, got {sigma}")
+        batch = x_t.shape[:-1]
+        level = shared_level(sigma_column(sigma, x_t).squeeze(-1).expand(batch))
+        total = level.square() + self.sigma_data**2
         root = total.sqrt().unsqueeze(-1)
         keep = (self.sigma_data**2 / total).unsqueeze(-1)
-        log_sigma = (sigma / self.sigma_data).log()
-        arguments = (
-            (x_t / root, log_sigma) if context is None else (x_t / root, log_sigma, context)
+        log_sigma = (level / self.sigma_data).log().expand(batch)
+        scaled = x_t / root
+        output = (
+            self.network(scaled, log_sigma)
+            if context is None
+            else self.network(scaled, log_sigma, context)
         )
-        output = self.network(*arguments)
-        return torch.addcmul(keep * x_t, sigma.unsqueeze(-1) * self.sigma_data / root, output)
+        return torch.addcmul(keep * x_t, level.unsqueeze(-1) * self.sigma_data / root, output)
 
     def noise(
         self,
         x_t: Float[Tensor, "*batch dim"],
-        sigma: Float[Tensor, "*#batch"],
+        sigma: Float[Tensor, "*#batch"] | float,
         context: Float[Tensor, "*batch context_dim"] | None = None,
     ) -> Float[Tensor, "*batch dim"]:
-        """The expected standard normal noise in x_t."""
-        return (x_t - self(x_t, sigma, context)) / sigma.unsqueeze(-1)
+        r"""The expected standard normal noise in x_t, :math:`(x_t - D) / \sigma`.
+
+        Arguments:
+            x_t: As in a plain call.
+            sigma: As in a plain call.
+            context: As in a plain call.
+
+        Returns:
+            The noise, with the shape of x_t.
+        """
+        return (x_t - self(x_t, sigma, context)) / sigma_column(sigma, x_t)
 
     def score(
         self,
         x_t: Float[Tensor, "*batch dim"],
-        sigma: Float[Tensor, "*#batch"],
+        sigma: Float[Tensor, "*#batch"] | float,
         context: Float[Tensor, "*batch context_dim"] | None = None,
     ) -> Float[Tensor, "*batch dim"]:
-        """The score of the noised law at x_t, in units of 1/x."""
-        return (self(x_t, sigma, context) - x_t) / sigma.unsqueeze(-1).square()
+        r"""The score of the noised law at x_t, :math:`(D - x_t) / \sigma^2`, in units of 1/x.
+
+        Arguments:
+            x_t: As in a plain call.
+            sigma: As in a plain call.
+            context: As in a plain call.
+
+        Returns:
+            The score, with the shape of x_t.
+        """
+        return (self(x_t, sigma, context) - x_t) / sigma_column(sigma, x_t).square()

@@ -8,9 +8,11 @@ likely: :math:`p(x) \propto \exp(-E(x))`. Other things become energies in the pa
 :class:`MeteredEnergy` wraps it. It counts single points, by purpose, so that search, training and
 diagnosis can be accounted for apart; it refuses to go beyond a budget; and it looks after values
 that are no numbers. A NaN or :math:`+\infty` is a point of weight zero: regions where a model
-breaks down are common and harmless. They are counted on the device, without a synchronisation,
-and looked at when a phase of work ends, by :meth:`MeteredEnergy.check`: if nothing but such
-values came back, that is an error that names the region.
+breaks down are common and harmless. A :math:`-\infty` would be a point of infinite density; it is
+given weight zero as well, so that no weight becomes NaN. All three are counted on the device,
+without a synchronisation, and looked at when a phase of work ends, by
+:meth:`MeteredEnergy.check`: a :math:`-\infty`, or nothing but points of weight zero, is an error
+that names the region.
 """
 
 from collections.abc import Callable
@@ -40,13 +42,16 @@ class BudgetExceededError(RuntimeError):
 
 
 class MeteredEnergy:
-    """An energy that is counted, checked, and kept within a budget.
+    r"""An energy that is counted, checked, and kept within a budget.
 
     Arguments:
         energy: A callable as described above.
         dim: Dimension of a point.
         context_dim: Dimension of a context; None if the energy takes none.
         budget: The largest number of evaluations, in single points; None for no limit.
+
+    Attributes:
+        counts: Evaluations so far, by purpose. A value is one evaluation, a gradient one more.
 
     Raises:
         TypeError: If energy cannot be called.
@@ -85,20 +90,27 @@ class MeteredEnergy:
         self.context_dim = context_dim
         self.budget = budget
         self.counts: dict[str, int] = {}
-        self._bad: Tensor | None = None
-        self._minus: Tensor | None = None
-        self._seen = 0
-        self._shape_checked = False
+        # Numbers of NaN, +inf and -inf over all points so far, kept on the device.
+        self._tally: Tensor | None = None
+        self._points = 0
+        # The same when `check` last looked.
+        self._old_tally, self._old_points = [0, 0, 0], 0
 
     @property
     def evaluations(self) -> int:
-        """Points evaluated so far, over all purposes."""
+        """Evaluations so far, over all purposes."""
         return sum(self.counts.values())
 
     @property
     def remaining(self) -> int | None:
-        """Points left in the budget; None without one."""
+        """Evaluations left in the budget; None without one."""
         return None if self.budget is None else max(0, self.budget - self.evaluations)
+
+    @property
+    def failures(self) -> int:
+        """Points so far whose energy was NaN or -inf, or finite with a gradient that was not."""
+        nan, _, minus = self._read_tally()
+        return nan + minus
 
     def __call__(
         self,
@@ -107,76 +119,146 @@ class MeteredEnergy:
         *,
         purpose: str = "training",
     ) -> Float[Tensor, "*batch"]:
-        """Evaluate points; NaN comes back as +inf.
+        """Energies of points; NaN and -inf come back as +inf.
+
+        Arguments:
+            x: Points, with any batch shape; the energy sees them as (n, dim).
+            context: A context for each point, for an energy that takes one.
+            purpose: The account in :attr:`counts`.
+
+        Returns:
+            The energies, with the batch shape, the precision and the device of x.
 
         Raises:
             BudgetExceededError: If the budget does not cover these points; none is evaluated.
             EnergyError: If the energy returns another shape or no floating-point tensor.
+            ValueError: If x or context has another length than announced.
         """
-        batch, points = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        number = len(points)
-        if self.remaining is not None and number > self.remaining:
-            raise BudgetExceededError(
-                f"budget must cover {number} more evaluations, got {self.remaining} left of "
-                f"{self.budget}"
-            )
-        if context is None:
-            value = self.energy(points)
-        else:
-            value = self.energy(points, context.reshape(-1, context.shape[-1]))
-        self.counts[purpose] = self.counts.get(purpose, 0) + number
-        value = self._checked(value, points)
-        bad = value.isnan()
-        value = torch.where(bad, torch.inf, value)
-        self._seen += number
-        infinite = (value.detach() == torch.inf).sum()
-        minus = (value.detach() == -torch.inf).sum()
-        self._bad = infinite if self._bad is None else self._bad + infinite
-        self._minus = minus if self._minus is None else self._minus + minus
-        return value.to(x.dtype).reshape(batch)
+        arguments = self._admitted(x, context, 1, purpose)
+        value, bad = self._examined(self.energy(*arguments), x)
+        return torch.where(bad, torch.inf, value).reshape(x.shape[:-1])
 
-    def check(self, x: Float[Tensor, "n dim"]) -> float:
-        """Look at what came back since the last check; x are points of that phase.
+    def value_and_gradient(
+        self,
+        x: Float[Tensor, "*batch dim"],
+        context: Float[Tensor, "*batch context_dim"] | None = None,
+        *,
+        purpose: str = "training",
+    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch dim"]]:
+        r"""Energies and their gradients by autograd, both without a graph.
+
+        Arguments:
+            x: As in a plain call.
+            context: As in a plain call.
+            purpose: The account in :attr:`counts`, which grows by two for every point.
 
         Returns:
-            The share of points whose energy was NaN or +inf.
+            The energies, :math:`+\infty` also where a finite energy has a gradient that is not
+            finite; and the gradients, with the shape of x, zero where the energy is infinite.
+
+        Raises:
+            BudgetExceededError: If the budget does not cover twice these points.
+            EnergyError: As in a plain call, or if autograd cannot differentiate the energy.
+            ValueError: As in a plain call.
+        """
+        points, *rest = self._admitted(x.detach(), context, 2, purpose)
+        with torch.enable_grad():
+            points = points.clone().requires_grad_()
+            value = self._well_formed(self.energy(points, *rest), points)
+            if not value.requires_grad:
+                raise EnergyError(
+                    "energy must be differentiable by autograd where gradients are used, got "
+                    "values without a graph"
+                )
+            (gradient,) = torch.autograd.grad(value.sum(), points)
+        value = value.detach()
+        steep = value.isfinite() & ~gradient.isfinite().all(-1)
+        value, bad = self._examined(value.masked_fill(steep, torch.nan), x)
+        value = value.masked_fill(bad, torch.inf)
+        gradient = gradient.masked_fill((value == torch.inf)[:, None], 0.0)
+        return value.reshape(x.shape[:-1]), gradient.reshape(x.shape)
+
+    def check(self, x: Float[Tensor, "*batch dim"]) -> float:
+        """Look at what came back since the last check; the host waits for the device here.
+
+        Arguments:
+            x: Points of that phase of work, for the message.
+
+        Returns:
+            The share of points of weight zero: the energy was NaN or +inf.
 
         Raises:
             EnergyError: If no energy was finite (the message names the region of x), or one was
                 -inf, which is infinitely likely.
         """
-        if self._bad is None or self._minus is None or self._seen == 0:
-            return 0.0
-        bad, minus, seen = int(self._bad), int(self._minus), self._seen
-        self._bad, self._minus, self._seen = None, None, 0
+        tally = self._read_tally()
+        nan, plus, minus = (new - old for new, old in zip(tally, self._old_tally, strict=True))
+        seen = self._points - self._old_points
+        self._old_tally, self._old_points = tally, self._points
         if minus:
             raise EnergyError(
                 f"energy must be above -inf, got -inf at {minus} of {seen} points; a point of "
                 "infinite density cannot be sampled (a log-probability with its sign flipped?)"
             )
-        if bad == seen:
-            low, high = x.amin(0).tolist(), x.amax(0).tolist()
+        if seen and nan + plus == seen:
+            low, high = (v.tolist() for v in x.reshape(-1, x.shape[-1]).aminmax(dim=0))
             raise EnergyError(
                 f"energy must be finite somewhere, got NaN or inf at all {seen} points, drawn "
                 f"between {_short(low)} and {_short(high)}; give bounds, or loc and scale, of a "
                 "region where it is finite"
             )
-        return bad / seen
+        return (nan + plus) / seen if seen else 0.0
 
-    def _checked(self, value: Tensor, points: Tensor) -> Tensor:
+    def _admitted(
+        self, x: Tensor, context: Tensor | None, cost: int, purpose: str
+    ) -> tuple[Tensor, ...]:
+        """The energy's arguments, flat, after the checks at the door; counts them."""
+        if x.shape[-1:] != (self.dim,):
+            raise ValueError(f"x must have shape (..., {self.dim}), got {tuple(x.shape)}")
+        wanted = None if self.context_dim is None else (*x.shape[:-1], self.context_dim)
+        if (None if context is None else tuple(context.shape)) != wanted:
+            rule = "None" if wanted is None else f"of shape {wanted}"
+            got = None if context is None else f"shape {tuple(context.shape)}"
+            raise ValueError(f"context must be {rule}, got {got}")
+        evaluations = cost * x.shape[:-1].numel()
+        if self.remaining is not None and evaluations > self.remaining:
+            raise BudgetExceededError(
+                f"budget must cover {evaluations} more evaluations, got {self.remaining} left of "
+                f"{self.budget}"
+            )
+        self.counts[purpose] = self.counts.get(purpose, 0) + evaluations
+        points = x.reshape(-1, self.dim)
+        return (points,) if context is None else (points, context.reshape(-1, context.shape[-1]))
+
+    def _well_formed(self, value: Tensor, points: Tensor) -> Tensor:
         if not isinstance(value, Tensor):
             raise EnergyError(
                 f"energy must return a torch tensor, got {type(value).__name__}; wrap NumPy "
                 "functions with energies.from_numpy"
             )
-        if value.shape != points.shape[:1]:
+        shape = (points.shape[:-1].numel(),)
+        if value.shape != shape:
             raise EnergyError(
-                f"energy must return one value per point, shape {tuple(points.shape[:1])} for "
-                f"points of shape {tuple(points.shape)}, got {tuple(value.shape)}"
+                f"energy must return one value per point, shape {shape} for points of shape "
+                f"{(*shape, self.dim)}, got {tuple(value.shape)}"
             )
         if not value.is_floating_point():
             raise EnergyError(f"energy must return floating-point values, got {value.dtype}")
         return value
+
+    def _examined(self, value: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The values in the precision and on the device of x, and which are NaN or -inf."""
+        value = self._well_formed(value, x).to(x)
+        plain = value.detach()
+        nan, minus = plain.isnan(), plain.isneginf()
+        tally = torch.stack([nan.sum(), plain.isposinf().sum(), minus.sum()])
+        # Work that moves to another device waits for the old one once.
+        self._tally = tally if self._tally is None else tally + self._tally.to(tally.device)
+        self._points += len(value)
+        return value, nan | minus
+
+    def _read_tally(self) -> list[int]:
+        return [0, 0, 0] if self._tally is None else self._tally.tolist()
 
 
 def _short(values: list[float]) -> str:

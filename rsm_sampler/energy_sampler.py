@@ -6,6 +6,7 @@ no energy by itself, so it can be saved and loaded without one; :meth:`EnergySam
 asks for it.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from rsm_sampler.transforms import Affine, Bounds
 
 if TYPE_CHECKING:
     from rsm_sampler.diagnostics import Diagnosis
+    from rsm_sampler.mcmc import RefineResult
 
 __all__ = ["EnergySampler", "WeightedDraws"]
 
@@ -64,7 +66,7 @@ class WeightedDraws:
     def resample(
         self, n: int, *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "n dim"]:
-        """n draws resampled by weight, to be reported apart from raw ones."""
+        """Resample n draws by weight, to be reported apart from raw ones."""
         cumulative = cumulative_weight(self.x, self.log_weight)
         return self.x[stratified_indices(cumulative, n, generator)]
 
@@ -213,6 +215,47 @@ class EnergySampler:
         x, value = kept[0]
         return WeightedDraws(x, log_weight, value, None)
 
+    def refine(
+        self,
+        x: Float[Tensor, "n dim"],
+        *,
+        steps: int = 50,
+        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        method: Literal["rw", "mala", "hmc"] = "rw",
+        generator: torch.Generator | None = None,
+    ) -> "RefineResult":
+        """Short Metropolis chains that leave the target invariant, from given points.
+
+        Repairs the shape of modes, not their weights. Report refined samples apart from raw ones;
+        the result counts its evaluations, which no budget limits.
+
+        Arguments:
+            x: Points, (n, dim), such as raw draws.
+            steps: Steps of every chain.
+            context: One context for all points, or one for each.
+            method: ``"rw"`` needs energy values only.
+            generator: Source of randomness; the sampler's own if None.
+
+        Returns:
+            The refined points in ``x``, energy drift, acceptance and evaluations; see
+            :func:`rsm_sampler.mcmc.refine`.
+
+        Raises:
+            ValueError: If the sampler has no energy, or an argument is out of range.
+        """
+        from rsm_sampler.mcmc import refine
+
+        energy, full = self._energy(None).energy, self._context(len(x), context)
+        z = self.affine.inverse(self.bounds.inverse(x.to(self.device)))
+
+        def in_z(points: Tensor) -> Tensor:
+            moved, log_det = self._to_x(points)
+            return (energy(moved) if full is None else energy(moved, full)) - log_det
+
+        generator = self.generator if generator is None else generator
+        result = refine(in_z, z, steps=steps, method=method, generator=generator)
+        return dataclasses.replace(result, x=self._to_x(result.x)[0])
+
     def log_prob(
         self,
         x: Float[Tensor, "n dim"],
@@ -321,7 +364,7 @@ class EnergySampler:
         device: str | torch.device = "cpu",
     ) -> "EnergySampler":
         """The sampler of :meth:`state`."""
-        denoiser = Denoiser(MLP(**state["architecture"]))
+        denoiser = Denoiser(MLP(**state["architecture"], generator=torch.Generator()))
         denoiser.load_state_dict(state["network"])
         dim, context_dim = state["architecture"]["dim"], state["architecture"]["context_dim"]
         return cls(
@@ -339,7 +382,7 @@ class EnergySampler:
         )
 
     def _to_x(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x of z, and log|det dx/dz|."""
+        """The point x of z, and log|det dx/dz|."""
         x, log_det = self.bounds.forward(self.affine.forward(z))
         return x, log_det + self.affine.log_det
 

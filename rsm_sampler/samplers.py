@@ -14,8 +14,8 @@ coordinates and with :math:`D = D(x_t, \sigma_t)`, :math:`r = \sigma_s / \sigma_
 
 **Densities.** Importance weights are only as right as the density in them. :class:`DDIM` and
 :class:`Heun` are smooth maps of their start, so their draws have a density that is known without
-any discretisation error: each step multiplies the Jacobian, which is computed exactly with one
-forward-mode derivative per coordinate,
+any discretisation error. Each step multiplies the Jacobian, which autograd computes exactly, with
+one backward pass for each coordinate (rows of a batch do not mix, so a pass serves all of them):
 
 .. math:: \log q(x_0) = \log \mathcal N(x_N; 0, \sigma_N^2 I)
           - \sum_k \log \Big| \det \frac{\partial x_{k-1}}{\partial x_k} \Big| .
@@ -23,13 +23,14 @@ forward-mode derivative per coordinate,
 :class:`Ancestral` draws have no tractable density, but the whole path has: with the forward
 kernel as the extended target, :math:`\log w = -E(x_0) + \sum_k \log q(x_k | x_{k-1})
 - \log p(x_N) - \sum_k \log p_\theta(x_{k-1} | x_k)` is an exact importance weight
-(:meth:`Ancestral.sample_with_path_weight`).
+(:meth:`Ancestral.sample_with_path_weight`), whatever the denoiser.
 
 The density *at a given point* needs the map backwards: :meth:`Heun.log_prob` integrates the
 probability-flow ODE with the exact divergence, and estimates its own error by doubling the steps.
 It serves for reading and plotting; weights never use it.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -39,8 +40,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rsm_sampler.kernels import posterior
-
 __all__ = ["DDIM", "Ancestral", "Heun", "Langevin", "Sampler"]
 
 
@@ -48,14 +47,19 @@ class Sampler(ABC):
     """The loop shared by all samplers; a subclass adds one step.
 
     Arguments:
-        denoiser: A function (x_t, sigma) -> E[x_0 | x_t], called with sigma of the batch shape,
-            and with a context where one is given to :meth:`sample`.
+        denoiser: A function (x_t, sigma) -> E[x_0 | x_t], called with sigma of the batch shape
+            (one level, expanded), and with a context where one is given to :meth:`sample`.
+            Samples have the precision and device of its first parameter, or of the sigmas where
+            it has none.
         sigmas: Decreasing noise levels that end with 0, from
             :meth:`rsm_sampler.schedules.Schedule.sigmas`.
         dim: Length of a point.
 
+    Attributes:
+        levels: The noise levels as numbers.
+
     Raises:
-        ValueError: If the levels do not decrease to 0, or dim is below 1.
+        ValueError: If the levels are not finite or do not decrease to 0, or dim is below 1.
     """
 
     def __init__(
@@ -65,8 +69,8 @@ class Sampler(ABC):
             raise ValueError(
                 f"sigmas must be at least two levels that end with 0, got {sigmas.tolist()}"
             )
-        if not bool((sigmas[1:] < sigmas[:-1]).all()):
-            raise ValueError(f"sigmas must decrease, got {sigmas.tolist()}")
+        if not bool((sigmas[1:] < sigmas[:-1]).all()) or not math.isfinite(sigmas[0]):
+            raise ValueError(f"sigmas must be finite and decrease, got {sigmas.tolist()}")
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.denoiser = denoiser
@@ -83,12 +87,33 @@ class Sampler(ABC):
         context: Float[Tensor, "n context_dim"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "n dim"]:
-        """One step from noise level sigma_t down to sigma_s."""
+        """One step from noise level sigma_t down to sigma_s.
+
+        Arguments:
+            x_t: Points at level sigma_t, with shape (n, dim).
+            sigma_t: Their noise level, positive.
+            sigma_s: The next one, at least 0 and below sigma_t.
+            context: A context for each point.
+            generator: Source of randomness, for the samplers that need any.
+
+        Returns:
+            Points at level sigma_s.
+        """
 
     def start(self, n: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
-        """n draws of pure noise at the highest level."""
-        device, dtype = self._place()
-        noise = torch.randn(n, self.dim, dtype=dtype, device=device, generator=generator)
+        """Pure noise at the highest level.
+
+        Arguments:
+            n: Number of draws.
+            generator: Source of randomness, on the denoiser's device.
+
+        Returns:
+            The draws, (n, dim).
+        """
+        parameters = getattr(self.denoiser, "parameters", None)
+        first = next(iter(parameters()), None) if callable(parameters) else None
+        like = self.sigmas if first is None else first
+        noise = torch.randn(n, self.dim, dtype=like.dtype, device=like.device, generator=generator)
         return noise * self.levels[0]
 
     @torch.no_grad()
@@ -100,7 +125,7 @@ class Sampler(ABC):
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Float[Tensor, "n dim"]:
-        """n independent draws.
+        """Independent draws.
 
         Arguments:
             n: Number of draws.
@@ -108,32 +133,35 @@ class Sampler(ABC):
             generator: Source of randomness, on the denoiser's device.
             progress: Whether to show a progress bar over the noise levels.
 
+        Returns:
+            The draws, (n, dim).
+
         Raises:
             ValueError: If n is below 0 or the contexts are not n.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
-        if context is not None and len(context) != n:
-            raise ValueError(f"context must have {n} rows, one for each draw, got {len(context)}")
+        _check(n, context)
         x = self.start(n, generator=generator)
-        pairs = list(zip(self.levels[:-1], self.levels[1:], strict=True))
-        for sigma_t, sigma_s in tqdm(pairs, disable=not progress, desc="sampling", leave=False):
+        steps = tqdm(self._steps(), disable=not progress, desc="sampling", leave=False)
+        for sigma_t, sigma_s in steps:
             x = self.step(x, sigma_t, sigma_s, context, generator)
         return x
 
-    def _denoise(self, x: Tensor, sigma: float, context: Tensor | None) -> Tensor:
-        level = torch.full(x.shape[:-1], sigma, dtype=x.dtype, device=x.device)
-        return self.denoiser(x, level) if context is None else self.denoiser(x, level, context)
+    def _steps(self) -> list[tuple[float, float]]:
+        return list(itertools.pairwise(self.levels))
 
-    def _place(self) -> tuple[torch.device, torch.dtype]:
-        parameters = getattr(self.denoiser, "parameters", None)
-        first = next(iter(parameters()), None) if callable(parameters) else None
-        like = self.sigmas if first is None else first
-        return like.device, like.dtype
+    def _denoise(self, x: Tensor, sigma: float, context: Tensor | None) -> Tensor:
+        level = torch.full((1,), sigma, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
+        return self.denoiser(x, level) if context is None else self.denoiser(x, level, context)
 
 
 class Ancestral(Sampler):
     r"""The stochastic sampler (8), with path weights.
+
+    The step draws from :func:`rsm_sampler.kernels.posterior` with the denoised point for the
+    clean one.
+
+    References:
+        Equation (8), in variance-exploding coordinates
 
     Example:
         >>> def exact(x_t, sigma):  # a standard normal target
@@ -150,9 +178,8 @@ class Ancestral(Sampler):
         context: Float[Tensor, "n context_dim"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "n dim"]:
-        """A draw of the posterior kernel around the denoised point."""
-        denoised = self._denoise(x_t, sigma_t, context)
-        mean, std = posterior(x_t, denoised, sigma_t, sigma_s)
+        """A draw of the posterior kernel around the denoised point; see :meth:`Sampler.step`."""
+        mean, std = self._kernel(x_t, sigma_t, sigma_s, context)
         return mean if sigma_s == 0 else mean + std * _noise_like(x_t, generator)
 
     @torch.no_grad()
@@ -163,39 +190,88 @@ class Ancestral(Sampler):
         *,
         context: Float[Tensor, "n context_dim"] | None = None,
         generator: torch.Generator | None = None,
+        pilot: int = 256,
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
         r"""Draws with their exact path log-weights, whose mean weight estimates Z.
+
+        The steps of (8) draw :math:`x_s` as if D were the clean point itself. The true law of
+        :math:`x_s` given :math:`x_t` is wider, by :math:`(1 - r^2)^2\,\mathrm{Var}(x_0 | x_t)`,
+        and importance weights suffer from every step that is too narrow. So the kernels here have
+        the variance
+
+        .. math:: \sigma_s^2 (1 - r^2) + (1 - r^2)^2\, m_t, \qquad
+                  m_t = \tfrac1d\, \mathbb E |x_0 - D(x_t, \sigma_t)|^2,
+
+        with :math:`m_t` measured beforehand on a few draws of :class:`Heun` that are thrown away.
 
         Arguments:
             n: Number of draws.
             energy: The energy, called once on all draws (and contexts).
             context: A context for each draw.
             generator: Source of randomness.
+            pilot: Number of the draws that measure :math:`m_t`. With 0 the variances are those of
+                (8), but for the last step, which has none: a path through it would have no
+                density. It then gets :math:`\sigma_1^2`.
 
         Returns:
             The draws, (n, dim), and their log-weights, (n).
 
+        Raises:
+            ValueError: If n or pilot is below 0 or the contexts are not n.
+
         Note:
-            The last step of (8) has no noise, and a path through it no density. Here it is drawn
-            from :math:`\mathcal N(D, \sigma_1^2 I)`, the forward kernel's own width.
+            These draws do not follow the law of :meth:`Sampler.sample`, whose last step has no
+            noise, but that of the wider kernels.
         """
+        _check(n, context)
+        if pilot < 0:
+            raise ValueError(f"pilot must be at least 0, got {pilot}")
+        variances = self._posterior_variances(pilot, context, generator)
         x = self.start(n, generator=generator)
-        log_weight = 0.5 * (x / self.levels[0]).square().sum(-1)
-        log_weight = log_weight + self.dim * math.log(self.levels[0])
-        for sigma_t, sigma_s in zip(self.levels[:-1], self.levels[1:], strict=True):
-            mean, _ = posterior(x, self._denoise(x, sigma_t, context), sigma_t, sigma_s)
-            width = sigma_s * math.sqrt(1 - (sigma_s / sigma_t) ** 2) if sigma_s else sigma_t
+        top = self.levels[0]
+        log_weight = 0.5 * (x / top).square().sum(-1)
+        constant = self.dim * math.log(top)
+        for (sigma_t, sigma_s), variance in zip(self._steps(), variances, strict=True):
+            mean, std = self._kernel(x, sigma_t, sigma_s, context)
+            width = math.hypot(std, (1 - (sigma_s / sigma_t) ** 2) * math.sqrt(variance))
             noise = _noise_like(x, generator)
             new = mean + width * noise
-            forward_var = sigma_t**2 - sigma_s**2
-            log_weight = log_weight + 0.5 * noise.square().sum(-1) + self.dim * math.log(width)
-            log_weight = log_weight - 0.5 * (x - new).square().sum(-1) / forward_var
-            log_weight = log_weight - 0.5 * self.dim * math.log(forward_var)
+            spread = math.sqrt((sigma_t - sigma_s) * (sigma_t + sigma_s))
+            ahead = ((x - new) / spread).square().sum(-1)
+            log_weight = log_weight + 0.5 * (noise.square().sum(-1) - ahead)
+            constant += self.dim * math.log(width / spread)
             x = new
-        # Every forward Gaussian but one is paired with a reverse one; the start's constant is left.
-        log_weight = log_weight + 0.5 * self.dim * math.log(2 * math.pi)
+        # Every forward Gaussian is paired with a reverse one; the start's constant is left.
+        constant += 0.5 * self.dim * math.log(2 * math.pi)
         value = energy(x) if context is None else energy(x, context)
-        return x, log_weight - value
+        return x, log_weight + constant - value
+
+    def _posterior_variances(
+        self, pilot: int, context: Tensor | None, generator: torch.Generator | None
+    ) -> list[float]:
+        """Mean variance of a clean coordinate given a point at each level, from the highest."""
+        if context is not None:
+            context = context[:: max(1, len(context) // max(1, pilot))][:pilot]
+            pilot = len(context)
+        if pilot == 0:
+            return [0.0] * (len(self.levels) - 2) + [self.levels[-2] ** 2]
+        # With few levels the flow is much nearer to the law than the chain.
+        flow = Heun(self.denoiser, self.sigmas, dim=self.dim)
+        x_0 = flow.sample(pilot, context=context, generator=generator)
+        measured = []
+        for sigma in self.levels[:-1]:
+            x_t = x_0 + sigma * _noise_like(x_0, generator)
+            measured.append((x_0 - self._denoise(x_t, sigma, context)).square().mean())
+        found = torch.stack(measured).tolist()
+        # A degenerate law has none, and a path no density.
+        return [max(m, 1e-6 * t**2) for m, t in zip(found, self.levels[:-1], strict=True)]
+
+    def _kernel(
+        self, x_t: Tensor, sigma_t: float, sigma_s: float, context: Tensor | None
+    ) -> tuple[Tensor, float]:
+        ratio = sigma_s / sigma_t
+        mean = torch.lerp(self._denoise(x_t, sigma_t, context), x_t, ratio**2)
+        return mean, ratio * math.sqrt((sigma_t - sigma_s) * (sigma_t + sigma_s))
 
 
 class _Flow(Sampler, ABC):
@@ -212,6 +288,8 @@ class _Flow(Sampler, ABC):
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
         """Draws with the exact log-density of the map that made them.
 
+        The draws are those of :meth:`Sampler.sample` with the same generator.
+
         Arguments:
             n: Number of draws.
             context: A context for each draw.
@@ -220,28 +298,31 @@ class _Flow(Sampler, ABC):
 
         Returns:
             The draws, (n, dim), and their log-densities, (n), free of discretisation error.
+
+        Raises:
+            ValueError: If n is below 0, chunk is below 1, the contexts are not n, or autograd
+                cannot differentiate the denoiser.
+
+        Note:
+            The density is exact where the map is one-to-one, as that of the ODE is. Steps so
+            coarse that they fold space reach some points twice, and count them once.
         """
+        _check(n, context, chunk)
         start = self.start(n, generator=generator)
-        points, densities = [], []
-        for i in range(0, n, chunk):
-            piece = None if context is None else context[i : i + chunk]
-            x, log_prob = self._push(start[i : i + chunk], piece)
-            points.append(x)
-            densities.append(log_prob)
-        if not points:
-            return start, start.new_zeros(0)
-        return torch.cat(points), torch.cat(densities)
+        pieces = [
+            self._push(x, None if context is None else context[i * chunk : (i + 1) * chunk])
+            for i, x in enumerate(start.split(chunk))
+        ]
+        return torch.cat([x for x, _ in pieces]), torch.cat([log_prob for _, log_prob in pieces])
 
     def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_prob = -0.5 * (x / self.levels[0]).square().sum(-1)
-        log_prob = log_prob - self.dim * math.log(self.levels[0] * math.sqrt(2 * math.pi))
-        basis = torch.eye(self.dim, dtype=x.dtype, device=x.device)
-        for sigma_t, sigma_s in zip(self.levels[:-1], self.levels[1:], strict=True):
+        log_prob = _normal_log_prob(x, self.levels[0])
+        for sigma_t, sigma_s in self._steps():
 
             def move(y: Tensor, t: float = sigma_t, s: float = sigma_s) -> Tensor:
                 return self.step(y, t, s, context)
 
-            x, jacobian = _value_and_jacobian(move, x, basis)
+            x, jacobian = _value_and_jacobian(move, x)
             log_prob = log_prob - torch.linalg.slogdet(jacobian).logabsdet
         return x, log_prob
 
@@ -249,9 +330,19 @@ class _Flow(Sampler, ABC):
 class DDIM(_Flow):
     r"""The deterministic sampler of first order.
 
+    .. math:: x_s = D + \frac{\sigma_s}{\sigma_t} (x_t - D)
+
     References:
         | Denoising diffusion implicit models (Song et al., 2021), equation (12) without noise
         | https://arxiv.org/abs/2010.02502
+
+    Example:
+        >>> def exact(x_t, sigma):  # a standard normal target
+        ...     return x_t / (1 + sigma.square()).unsqueeze(-1)
+        >>> sampler = DDIM(exact, torch.tensor([10.0, 1.0, 0.0]), dim=2)
+        >>> x, log_prob = sampler.sample_with_log_prob(5)
+        >>> x.shape, log_prob.shape
+        (torch.Size([5, 2]), torch.Size([5]))
     """
 
     def step(
@@ -262,9 +353,8 @@ class DDIM(_Flow):
         context: Float[Tensor, "n context_dim"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "n dim"]:
-        """Keep the predicted noise, shrink it to the new level."""
-        denoised = self._denoise(x_t, sigma_t, context)
-        return denoised + (sigma_s / sigma_t) * (x_t - denoised)
+        """Keep the predicted noise, shrink it to the new level; see :meth:`Sampler.step`."""
+        return torch.lerp(self._denoise(x_t, sigma_t, context), x_t, sigma_s / sigma_t)
 
 
 class Heun(_Flow):
@@ -295,11 +385,12 @@ class Heun(_Flow):
         context: Float[Tensor, "n context_dim"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "n dim"]:
-        """An Euler step, and the correction by the slope at its end."""
-        slope = (x_t - self._denoise(x_t, sigma_t, context)) / sigma_t
-        x_s = x_t + (sigma_s - sigma_t) * slope
+        """An Euler step, corrected by the slope at its end; see :meth:`Sampler.step`."""
+        denoised = self._denoise(x_t, sigma_t, context)
         if sigma_s == 0:
-            return x_s
+            return denoised
+        slope = (x_t - denoised) / sigma_t
+        x_s = x_t + (sigma_s - sigma_t) * slope
         end = (x_s - self._denoise(x_s, sigma_s, context)) / sigma_s
         return x_t + (sigma_s - sigma_t) * 0.5 * (slope + end)
 
@@ -314,86 +405,95 @@ class Heun(_Flow):
         r"""Log-density at given points by the probability-flow ODE, with an error estimate.
 
         .. math:: \log p(x_0) = \log \mathcal N(x_N; 0, \sigma_N^2 I)
-                  + \int_{\sigma_1}^{\sigma_N} \nabla \cdot \frac{x - D}{\sigma}\, d\sigma,
+                  + \int_0^{\sigma_N} \nabla \cdot \frac{x - D}{\sigma}\, d\sigma,
 
-        with the exact divergence (one forward-mode derivative per coordinate), by Heun's method
-        over the sampler's levels and over every second one of them. The first step, from 0 to
-        the lowest level, is an Euler step of the map, not of the integral.
+        with the exact divergence, by Heun's method from 0 up the sampler's levels, and again
+        over every second one of those above twice the lowest; the two are extrapolated to step
+        zero (Richardson, for an error of second order). At :math:`\sigma = 0` the slope
+        :math:`-\sigma \nabla \log p_\sigma` and its divergence are 0, and the denoiser is not
+        asked.
 
         Arguments:
             x: Points, with shape (n, dim).
             context: A context for each point.
-            chunk: Points that are worked on at a time.
+            chunk: Points that are worked on at a time; bounds the memory.
 
         Returns:
             The log-density, (n), and an estimate of its discretisation error, (n): the
-            difference to the grid with half the steps, divided by 3 for second order.
+            difference to the grid with half the steps, divided by 3 for second order, which is
+            also the step of the extrapolation and so more than what is left; NaN for a single
+            step. It knows nothing of the step from the highest noised law to a Gaussian,
+            nor of the denoiser's own error.
+
+        Raises:
+            ValueError: If the contexts are not n, chunk is below 1, or autograd cannot
+                differentiate the denoiser.
+
+        Note:
+            This is the density of the ODE. That of :meth:`sample_with_log_prob` belongs to the
+            sampler's finite steps, and differs by their error.
         """
-        fine, coarse = self.levels[:-1], self.levels[:-1][::2]
-        if coarse[-1] != fine[-1]:
-            coarse = [*coarse, fine[-1]]
+        _check(len(x), context, chunk)
+        fine = self.levels[::-1]
+        # The first step, from 0, may be the largest error: the coarse one is twice as long.
+        above = [level for level in fine if level >= 2 * fine[1]]
+        coarse = [0.0, *above[:-1:2], fine[-1]]
         values, errors = [], []
-        for i in range(0, len(x), chunk):
-            piece = None if context is None else context[i : i + chunk]
-            value = self._pull(x[i : i + chunk], piece, fine[::-1])
-            rough = self._pull(x[i : i + chunk], piece, coarse[::-1])
-            values.append(value)
-            errors.append((value - rough).abs() / 3)
-        if not values:
-            return x.new_zeros(0), x.new_zeros(0)
+        for i, piece in enumerate(x.split(chunk)):
+            beside = None if context is None else context[i * chunk : (i + 1) * chunk]
+            value, rough = (self._pull(piece, beside, grid) for grid in (fine, coarse))
+            step = (value - rough) / (3 if len(fine) > 2 else math.nan)
+            values.append(value + step.nan_to_num(0.0))
+            errors.append(step.abs())
         return torch.cat(values), torch.cat(errors)
 
-    def _pull(self, x: Tensor, context: Tensor | None, rising: list[float]) -> Tensor:
-        basis = torch.eye(self.dim, dtype=x.dtype, device=x.device)
-        first = rising[0]
-        # The last step of the sampler maps y to D(y): invert it by fixed-point iteration.
-        y = x
-        for _ in range(8):
-            y = y + (x - self._denoise(y, first, context))
-        _, jacobian = _value_and_jacobian(lambda v: self._denoise(v, first, context), y, basis)
-        log_prob = -torch.linalg.slogdet(jacobian).logabsdet
-        slope, divergence = self._field(y, first, context, basis)
-        for low, high in zip(rising[:-1], rising[1:], strict=True):
-            ahead = y + (high - low) * slope
-            ahead_slope, _ = self._field(ahead, high, context, basis)
-            y = y + (high - low) * 0.5 * (slope + ahead_slope)
-            # The divergence is integrated in log sigma, where it is smooth.
-            slope, new_divergence = self._field(y, high, context, basis)
-            log_prob = log_prob + math.log(high / low) * 0.5 * (
-                low * divergence + high * new_divergence
-            )
-            divergence = new_divergence
-        top = rising[-1]
-        log_prob = log_prob - 0.5 * (y / top).square().sum(-1)
-        return log_prob - self.dim * math.log(top * math.sqrt(2 * math.pi))
+    def _pull(self, y: Tensor, context: Tensor | None, rising: list[float]) -> Tensor:
+        zero = torch.zeros_like(y[:, 0])
+        log_prob, stretch, slope = zero, zero, torch.zeros_like(y)
+        for low, high in itertools.pairwise(rising):
 
-    def _field(
-        self, x: Tensor, sigma: float, context: Tensor | None, basis: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Slope (x - D) / sigma and its divergence."""
-        denoised, jacobian = _value_and_jacobian(
-            lambda v: self._denoise(v, sigma, context), x, basis
-        )
-        trace = jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return (x - denoised) / sigma, (self.dim - trace) / sigma
+            def denoise(v: Tensor, level: float = high) -> Tensor:
+                return self._denoise(v, level, context)
+
+            ahead = y + (high - low) * slope
+            y = y + (high - low) * 0.5 * (slope + (ahead - denoise(ahead)) / high)
+            denoised, jacobian = _value_and_jacobian(denoise, y)
+            slope = (y - denoised) / high
+            # Sigma times the divergence is smooth in log sigma, and integrated there; but from 0,
+            # where it is 0, the divergence itself in sigma.
+            new = self.dim - jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
+            width = math.log(high / low) if low > 0 else 1.0
+            log_prob = log_prob + 0.5 * width * (stretch + new)
+            stretch = new
+        return log_prob + _normal_log_prob(y, rising[-1])
 
 
 class Langevin(Sampler):
     r"""Annealed Langevin dynamics: a few steps with the score of every noise level.
 
     .. math:: x \leftarrow x + \tfrac{h^2}{2}\, \nabla \log p_\sigma(x) + h z, \qquad
-              h = \text{step\_size} \cdot \sigma\,\sigma_d / \sqrt{\sigma^2 + \sigma_d^2}
+              h = \text{step\_size} \cdot \sqrt{\sigma^2 + \sigma_d^2}
 
-    at each level. The levels exchange no mass between separate modes once these no longer overlap:
-    mode weights come out wrong with few steps, which is what the other samplers are for.
+    at each level but 0, so that the draws follow the law of the lowest level. Where
+    :math:`\sigma_d` is at most the scale of the finest structure of the clean law, the curvature
+    of :math:`-\log p_\sigma` is at most :math:`1 / (\sigma^2 + \sigma_d^2)`, and the steps are
+    stable for step sizes below 2. The default 0 is always safe; on a single Gaussian of scale 1,
+    50 levels of five steps then leave a variance of 1.10.
+
+    The levels exchange no mass between separate modes once these no longer overlap: mode weights
+    come out wrong with few steps, which is what the other samplers are for.
 
     Arguments:
         denoiser: As for every sampler.
         sigmas: As for every sampler; the last level, 0, is left out.
         dim: Length of a point.
         steps_per_level: Langevin steps at each level.
-        step_size: Step length, in units of the noised law's own scale.
-        sigma_data: Scale of the clean law.
+        step_size: Step length, in units of the finest scale of the noised law. On that scale the
+            stationary variance is too large by a factor of 1 / (1 - step_size**2 / 4).
+        sigma_data: Scale of the finest structure of the clean law, in units of x; 0 if unknown.
+
+    Raises:
+        ValueError: As for every sampler, or if an argument is out of range.
 
     References:
         Equation (18)
@@ -405,20 +505,19 @@ class Langevin(Sampler):
         sigmas: Float[Tensor, " levels"],
         *,
         dim: int,
-        steps_per_level: int = 1,
-        step_size: float = 0.5,
-        sigma_data: float = 1.0,
+        steps_per_level: int = 5,
+        step_size: float = 1.0,
+        sigma_data: float = 0.0,
     ) -> None:
         super().__init__(denoiser, sigmas, dim=dim)
         if steps_per_level < 1:
             raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}")
-        if not step_size > 0:
-            raise ValueError(f"step_size must be positive, got {step_size}")
-        self.steps_per_level, self.step_size, self.sigma_data = (
-            steps_per_level,
-            step_size,
-            sigma_data,
-        )
+        if not 0 < step_size < 2:
+            raise ValueError(f"step_size must be positive and below 2, got {step_size}")
+        if not sigma_data >= 0:
+            raise ValueError(f"sigma_data must be at least 0, got {sigma_data}")
+        self.steps_per_level, self.step_size = steps_per_level, step_size
+        self.sigma_data = sigma_data
 
     def step(
         self,
@@ -428,25 +527,47 @@ class Langevin(Sampler):
         context: Float[Tensor, "n context_dim"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "n dim"]:
-        """The Langevin steps at level sigma_t."""
-        h = self.step_size * sigma_t * self.sigma_data / math.hypot(sigma_t, self.sigma_data)
+        """The Langevin steps at level sigma_t; see :meth:`Sampler.step`."""
+        h = self.step_size * math.hypot(sigma_t, self.sigma_data)
+        pull = 0.5 * (h / sigma_t) ** 2  # h^2 / 2 times the score (D - x) / sigma^2
         for _ in range(self.steps_per_level):
-            score = (self._denoise(x_t, sigma_t, context) - x_t) / sigma_t**2
-            x_t = x_t + 0.5 * h**2 * score + h * _noise_like(x_t, generator)
+            x_t = torch.lerp(x_t, self._denoise(x_t, sigma_t, context), pull)
+            x_t = x_t + h * _noise_like(x_t, generator)
         return x_t
 
 
-def _value_and_jacobian(
-    function: Callable[[Tensor], Tensor], x: Tensor, basis: Tensor
-) -> tuple[Tensor, Tensor]:
-    """f(x), (n, dim), and df/dx, (n, dim, dim), in one pass of forward-mode derivatives."""
+def _value_and_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x), (n, dim), and df/dx, (n, dim, dim), of a function that acts on every row alone."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = function(x)
+        if not value.requires_grad:
+            raise ValueError(
+                "denoiser must be differentiable by autograd for a density, got an output "
+                "without a graph"
+            )
+        columns = value.unbind(-1)
+        # The rows of the batch do not mix: the gradient of a sum over them is that of each.
+        rows = [
+            torch.autograd.grad(column.sum(), x, retain_graph=i + 1 < len(columns))[0]
+            for i, column in enumerate(columns)
+        ]
+    return value.detach(), torch.stack(rows, -2)
 
-    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(function, (x,), (direction.expand_as(x),))
 
-    value, columns = torch.func.vmap(along, out_dims=(None, 0))(basis)
-    return value, columns.permute(1, 2, 0)
+def _normal_log_prob(x: Tensor, sigma: float) -> Tensor:
+    constant = x.shape[-1] * math.log(sigma * math.sqrt(2 * math.pi))
+    return -0.5 * (x / sigma).square().sum(-1) - constant
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+def _check(n: int, context: Tensor | None, chunk: int = 1) -> None:
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if context is not None and len(context) != n:
+        raise ValueError(f"context must have {n} rows, one for each draw, got {len(context)}")

@@ -141,7 +141,9 @@ class Bank:
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> "Bank":
         """The bank of :meth:`state`."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()}
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()
+        }
         if state["density"] is not None:
             moved["density"] = KernelDensity.from_state(state["density"], device)
         return cls(**moved)
@@ -160,7 +162,7 @@ class StudentT:
         self.loc, self.scale_tril, self.df = loc, scale_tril, df
 
     def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
-        """n draws."""
+        """Draw n points."""
         dim = len(self.loc)
         noise = torch.randn(
             n, dim, dtype=self.loc.dtype, device=self.loc.device, generator=generator
@@ -252,7 +254,7 @@ class KernelDensity:
         return torch.linalg.solve_triangular(self.broad.scale_tril, shifted, upper=False).mT
 
     def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
-        """n draws, the broad ones last."""
+        """Draw n points, the broad ones last."""
         num_broad = round(self.share * n)
         white = self.white
         index = torch.multinomial(self.weight, n - num_broad, True, generator=generator)
@@ -326,15 +328,18 @@ def search(
     proposal, found, beta = finder.bracket(stage, evaluations // 2, centre, scale)
     enough = max(24.0, 4.0 * dim)
     if beta == 1.0 and dim <= 12:
-        share = max(128, min(32_768, (evaluations - finder.spent) // _ROUNDS))
-        kernels = finder.kernels(proposal, found, share)
-        bank = finder.bank(kernels, bank_size, rows)
-        if bank.ess >= max(enough, 0.02 * bank_size) or draw_context is not None:
-            return bank
-        bank_size = 0  # spent; the chains live on what is left of the search
+        left = max(0, evaluations - finder.spent)
+        rounds = min(_ROUNDS, left // 128)  # a budget of a few hundred allows fewer
+        kernels, tried = finder.kernels(
+            proposal, found, rounds, min(32_768, left // max(1, rounds))
+        )
+        # The last round tells what a bank would be worth, before anything is spent on it.
+        share = float(tried.ess(1.0)) / tried.energy.numel()
+        if share * bank_size >= max(enough, 0.02 * bank_size) or draw_context is not None:
+            return finder.bank(kernels, bank_size, rows)
     if draw_context is not None:
         return finder.bank(finder.density(found, proposal, share=0.3), bank_size, rows)
-    return finder.chains(proposal, found, beta, max(evaluations // 2, bank_size))
+    return finder.chains(proposal, found, beta, evaluations - finder.spent + bank_size)
 
 
 @dataclass
@@ -413,7 +418,7 @@ class _Finder:
     ) -> tuple[StudentT, _Weighted, float]:
         """Stage 1: a Student-t proposal, the last weighted points, and the beta they bear."""
         self._note("bracket")
-        like = {"dtype": torch.float64, "device": self.generator.device}
+        like: dict[str, Any] = {"dtype": torch.float64, "device": self.generator.device}
         loc = torch.zeros(self.dim, **like) if centre is None else centre.to(**like)
         low, high = (_LOWEST, _HIGHEST) if scale is None else (scale / 100, scale * 100)
         scales = torch.logspace(math.log10(low), math.log10(high), _SCALES, **like)
@@ -435,12 +440,11 @@ class _Finder:
         few = min(0.1 * stage, max(24.0, 3.0 * self.dim))
         many = max(few, 0.08 * stage)
         beta = _largest_beta(found, few)
-        self._refuse_unbounded(found, beta, x, loc, high)
+        self._refuse_falling(found, loc, high, max(16, min(64, stage // 16)))
         proposal = self._fit(found, beta)
-        first_width = float(proposal.scale_tril.diagonal().log().mean())
-        best, stalled, at_one = beta, 0, 0
+        best, stalled, at_one, drawn_from = beta, 0, 0, proposal
         while self.spent + stage <= evaluations and at_one < 2 and stalled < 5:
-            x = proposal.sample(stage, self.generator)
+            x, drawn_from = proposal.sample(stage, self.generator), proposal
             found, _ = self._evaluated(x, proposal.log_prob(x), rows)
             beta = _largest_beta(found, many)
             at_one += beta == 1.0
@@ -449,23 +453,55 @@ class _Finder:
             if at_one == 2 or stalled == 5:
                 break  # the proposal stays the one these points were drawn from
             proposal = self._fit(found, beta)
-            width = float(proposal.scale_tril.diagonal().log().mean())
-            if width > math.log(_HIGHEST) + max(0.0, first_width):
-                raise EnergyError(_unbounded(math.exp(width)))
+        if beta > 0.05 and self._stretch(found, beta, drawn_from) > 0.65:
+            self._refuse_flat(proposal, stage, evaluations)
         if float(found.ess(1.0)) >= few:
             beta = 1.0
         return proposal, found, beta
 
-    def _refuse_unbounded(
-        self, found: _Weighted, beta: float, x: Tensor, loc: Tensor, high: float
-    ) -> None:
-        """Most tempered mass at the rim of the bracket: the energy falls outward."""
-        radius = (found.x - loc).square().sum(-1).sqrt() / math.sqrt(self.dim)
-        mass = (found.normalised(beta) * (radius > 0.3 * high)).sum()
-        energy = found.energy[radius > 0.3 * high]
-        middle = found.energy[radius <= 0.3 * high]
-        if float(mass) > 0.5 and len(energy) and float(energy.amin()) <= float(middle.amin()):
+    def _refuse_falling(self, found: _Weighted, loc: Tensor, high: float, rays: int) -> None:
+        """Far beyond the bracket energies are as low as any within it: they fall outward."""
+        ray = torch.randn(rays, self.dim, dtype=loc.dtype, device=loc.device,
+                          generator=self.generator)  # fmt: skip
+        ray = high * ray / ray.square().mean(-1, keepdim=True).sqrt()
+        x = torch.cat([loc + 30 * ray, loc + 100 * ray])
+        energy = self._evaluated(x, torch.zeros_like(x[:, 0]), 1)[0].energy.view(2, rays)
+        low = (energy <= found.energy.amin()).all(0)
+        if float(low.double().mean()) > 0.2:
             raise EnergyError(_unbounded(high))
+
+    def _stretch(self, found: _Weighted, beta: float, proposal: StudentT) -> float:
+        """Largest ratio of weighted variance to the proposal's, over all directions.
+
+        Where the moments have settled it is 1 / 1.2 over 5 / 3, a half. In a direction without
+        restoring force the points only repeat the proposal's own width: it is 1 or more.
+        """
+        z = torch.linalg.solve_triangular(
+            proposal.scale_tril, (found.x.reshape(-1, self.dim) - proposal.loc).mT, upper=False
+        ).mT
+        weight = found.normalised(beta).reshape(-1, 1)
+        centred = z - (weight * z).sum(0)
+        covariance = (weight * centred).mT @ centred
+        return float(torch.linalg.eigvalsh(covariance)[-1]) * (1 - 2 / _TAIL)
+
+    def _refuse_flat(self, proposal: StudentT, stage: int, evaluations: int) -> None:
+        """Stretch the proposal again and again: does the energy hold the points back?"""
+        rows = self._rows(stage)
+        few = min(0.1 * stage, max(24.0, 3.0 * self.dim))
+        start = float(torch.linalg.matrix_norm(proposal.scale_tril, 2))
+        for _ in range(12):
+            if self.spent + stage > evaluations:
+                return
+            wide = StudentT(proposal.loc, 3.0 * proposal.scale_tril)
+            x = wide.sample(stage, self.generator)
+            found, _ = self._evaluated(x, wide.log_prob(x), rows)
+            beta = _largest_beta(found, few)
+            if self._stretch(found, beta, wide) < 0.6:
+                return
+            proposal = self._fit(found, beta)
+            width = float(torch.linalg.matrix_norm(proposal.scale_tril, 2))
+            if width > 1e4 * start:
+                raise EnergyError(_unbounded(width))
 
     def _fit(self, found: _Weighted, beta: float) -> StudentT:
         """Student-t with the weighted moments, shrunk to a diagonal where there are few points."""
@@ -484,18 +520,20 @@ class _Finder:
         chosen, copies = index.unique(return_counts=True)
         return KernelDensity(points[chosen], copies.to(weight) / count, broad, share=share)
 
-    def kernels(self, proposal: StudentT, found: _Weighted, share: int) -> KernelDensity:
-        """Stage 2: rounds of kernels around resampled points."""
+    def kernels(
+        self, proposal: StudentT, found: _Weighted, rounds: int, share: int
+    ) -> tuple[KernelDensity, _Weighted]:
+        """Stage 2: rounds of kernels around resampled points, and the points of the last one."""
         rows = self._rows(share)
         size = share - share % rows
-        for i in range(_ROUNDS):
-            self._note(f"kernels {i + 1}/{_ROUNDS}")
+        for i in range(rounds):
+            self._note(f"kernels {i + 1}/{rounds}")
             density = self.density(found, proposal, share=0.3 if i == 0 else 0.1)
             x = density.sample(size, self.generator)
             found, _ = self._evaluated(x, density.log_prob(x), rows)
             proposal = self._fit(found, 1.0)
         wide = StudentT(proposal.loc, proposal.scale_tril * 1.2)
-        return self.density(found, wide, most=1500)
+        return self.density(found, wide, most=1500), found
 
     def bank(self, density: KernelDensity, size: int, rows: int) -> Bank:
         """Stage 3: the bank."""
@@ -519,7 +557,7 @@ class _Finder:
         x, energy = flat[keep].clone(), found.energy.reshape(-1)[keep].clone()
         log_q = found.log_proposal.reshape(-1)[keep].clone()
         log_z = float(torch.logsumexp(log_weight, 0)) - math.log(len(flat))
-        like = {"dtype": x.dtype, "device": x.device, "generator": self.generator}
+        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": self.generator}
         scale_tril = self._spread(x)
         step, used, sweep = 0.5, 0, 0
         while used + size <= evaluations:
@@ -559,7 +597,7 @@ def _moments(points: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     centred = x - loc
     covariance = (weight * centred).mT @ centred
     ess = float(1 / weight.square().sum())
-    shrink = dim / (dim + ess)
+    shrink = (dim / (dim + ess)) ** 2
     diagonal = covariance.diagonal().clamp(min=1e-300)
     if dim > 1:  # the diagonal, too, goes towards its mean, on the log scale
         diagonal = torch.exp((1 - 1 / ess) * diagonal.log() + diagonal.log().mean() / ess)

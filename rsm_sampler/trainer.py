@@ -18,13 +18,14 @@ Everything that decides the result is in ``state()``: a run that is interrupted 
 the same numbers, bit for bit on the CPU with the same number of threads.
 """
 
+import copy
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,7 @@ from rsm_sampler import checkpoint
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
 from rsm_sampler.energy_sampler import EnergySampler
+from rsm_sampler.estimators import TargetForm
 from rsm_sampler.kernels import (
     GaussianReferenceKernel,
     Kernel,
@@ -52,6 +54,8 @@ from rsm_sampler.transforms import Affine, Bounds
 __all__ = ["EnergyDiffusionTrainer", "Progress", "TrainerConfig"]
 
 _KIND, _VERSION = "trainer", 1
+_LEAST_BUDGET = 500
+_POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +84,18 @@ class TrainerConfig:
             widths.
     """
 
-    search_evaluations: int = 150_000
-    bank_size: int = 300_000
+    search_evaluations: int = 120_000
+    bank_size: int = 250_000
     bank_contexts: int = 1024
-    steps_per_cycle: int = 3000
-    max_cycles: int = 4
+    steps_per_cycle: int = 4000
+    max_cycles: int = 3
     batch_size: int = 1024
     learning_rate: float = 4e-3
     target_ess: float = 0.985
     check_draws: int = 8192
     sigma_min: float = 0.004
     sigma_max: float = 20.0
-    num_steps: int = 32
+    num_steps: int = 40
     width: int = 128
     depth: int = 3
     frequencies: int = 32
@@ -163,6 +167,8 @@ class EnergyDiffusionTrainer:
         loss: ``"mirror-descent"`` (13) or ``"reverse-sampling"`` (14).
         proposal: h_t of loss (14), in standardised coordinates.
         kernel: Reverse kernel of loss (14); a Gaussian reference of the target's width if None.
+        target: Target of loss (14): ``"value"``, or with an energy that autograd can
+            differentiate ``"gradient"`` or ``"mixed"``.
         centre: Where to look first, one number for each coordinate.
         scale: Width to look at, if known to an order of magnitude.
         samples: Samples of the target, for denoising score matching (9) on data instead of a
@@ -198,6 +204,7 @@ class EnergyDiffusionTrainer:
         loss: Literal["mirror-descent", "reverse-sampling"] = "mirror-descent",
         proposal: Proposal | None = None,
         kernel: Kernel | None = None,
+        target: TargetForm = "value",
         centre: Sequence[float] | Tensor | None = None,
         scale: float | None = None,
         samples: Float[Tensor, "n dim"] | None = None,
@@ -218,8 +225,8 @@ class EnergyDiffusionTrainer:
             )
         if loss == "reverse-sampling" and context is not None:
             raise ValueError("loss must be 'mirror-descent' with contexts, got 'reverse-sampling'")
-        if budget is not None and budget < 500:
-            raise ValueError(f"budget must be at least 500 evaluations, got {budget}")
+        if budget is not None and budget < _LEAST_BUDGET:
+            raise ValueError(f"budget must be at least {_LEAST_BUDGET} evaluations, got {budget}")
         if scale is not None and not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
         self.energy = MeteredEnergy(energy, dim, context_dim=context_dim, budget=budget)
@@ -229,7 +236,9 @@ class EnergyDiffusionTrainer:
         self.device = _device(device)
         low, high = (-math.inf, math.inf) if bounds is None else bounds
         self.bounds = Bounds(low, high, dim)
-        self.loss, self.proposal = loss, proposal
+        if target not in get_args(TargetForm):
+            raise ValueError(f"target must be one of {get_args(TargetForm)}, got {target!r}")
+        self.loss, self.proposal, self.target = loss, proposal, target
         self.kernel = kernel or GaussianReferenceKernel(
             torch.zeros(dim, device=self.device), self.config.reference_scale, antithetic=True
         )
@@ -240,6 +249,13 @@ class EnergyDiffusionTrainer:
         self.samples = samples
         if samples is not None and (samples.dim() != 2 or samples.shape[-1] != dim):
             raise ValueError(f"samples must have shape (n, {dim}), got {tuple(samples.shape)}")
+        if samples is not None:
+            bad = ~self.bounds.inverse(samples).isfinite().all(-1)
+            if len(samples) < 2 or bool(bad.any()):
+                raise ValueError(
+                    "samples must be at least two finite points within the bounds, got "
+                    f"{int(bad.sum())} others of {len(samples)}"
+                )
 
         self.generator = torch.Generator(self.device).manual_seed(seed)
         weights = torch.Generator().manual_seed(seed)
@@ -318,8 +334,10 @@ class EnergyDiffusionTrainer:
         if path is not None and path.exists() and self.step == 0 and self.bank is None:
             self.load_state(checkpoint.load(path, kind=_KIND, version=_VERSION))
         if budget is not None:
-            if budget < 1:
-                raise ValueError(f"budget must be at least 1, got {budget}")
+            if budget < _LEAST_BUDGET:
+                raise ValueError(
+                    f"budget must be at least {_LEAST_BUDGET} evaluations, got {budget}"
+                )
             self.energy.budget = budget
         cycles = self.config.max_cycles if max_cycles is None else max_cycles
         bar = tqdm(
@@ -335,11 +353,13 @@ class EnergyDiffusionTrainer:
                 self._search(bar)
                 self._save(path)
             extended = self._extend(bar)
-            while (self.cycle < cycles and not self.converged) or extended:
+            while self._wants_cycle(cycles) or extended:
                 extended = False
                 if self._train_cycle(bar, started, callback, logger):
+                    self._save(path)
                     break
                 self._check(logger, started)
+                self.cycle, self.step_in_cycle = self.cycle + 1, 0
                 self._save(path)
         except KeyboardInterrupt:
             self._save(path)
@@ -354,13 +374,24 @@ class EnergyDiffusionTrainer:
             bar.close()
         return self.sampler()
 
+    def _wants_cycle(self, cycles: int) -> bool:
+        """Whether a cycle is to be finished, or another one to be begun."""
+        if self.step_in_cycle > 0:
+            return True
+        return self.cycle < cycles and not self.converged and not self._exhausted()
+
+    def _exhausted(self) -> bool:
+        """Whether the budget has no room for a step of loss (14) and a check."""
+        if self.loss != "reverse-sampling" or self.energy.remaining is None:
+            return False
+        step = self.config.batch_size * self.config.num_draws
+        return self.energy.remaining < step + self._check_size()
+
     def sampler(self) -> EnergySampler:
         """A sampler of the weights so far; later training does not change it."""
         bank = self.bank
-        denoiser = Denoiser(MLP(**self.architecture)).to(self.device)
-        denoiser.load_state_dict(self.average.state_dict())
         return EnergySampler(
-            denoiser.requires_grad_(False),
+            copy.deepcopy(self.average),
             self.affine,
             self.bounds,
             EDM(self.config.sigma_min, self.config.sigma_max),
@@ -391,6 +422,8 @@ class EnergyDiffusionTrainer:
             search_size, bank_size = self.config.search_evaluations, self.config.bank_size
             if self.energy.budget is not None and self.energy.remaining is not None:
                 free = max(256, self.energy.remaining - reserve)
+                if self.loss == "reverse-sampling":  # the bank only gives location and scale
+                    free //= 4
                 search_size = min(search_size, int(0.35 * free))
                 bank_size = min(bank_size, free - search_size)
             bank = search(
@@ -414,7 +447,7 @@ class EnergyDiffusionTrainer:
         self.bank = bank
         self.affine = Affine(bank.loc, bank.scale_tril)
         points = self.affine.inverse(bank.points).float()
-        rows, columns = points.shape[:2]
+        columns = points.shape[1]
         self._points = points.reshape(-1, self.dim)
         normalised = bank.log_weight - torch.logsumexp(bank.log_weight, -1, keepdim=True)
         self._cumulative = cumulative_weight(self._points, normalised.reshape(-1))
@@ -425,6 +458,8 @@ class EnergyDiffusionTrainer:
         """With budget left that the bank could use, make the bank larger."""
         bank, left = self.bank, self.energy.remaining
         if bank is None or bank.density is None or left is None or bank.context is not None:
+            return False
+        if self.loss == "reverse-sampling":
             return False
         room = self.config.bank_size - bank.points.shape[1]
         more = min(room, left - 2 * self._check_size())
@@ -442,9 +477,9 @@ class EnergyDiffusionTrainer:
         )
         return value.double() - log_det
 
-    def _contexts(self, n: int) -> Tensor:
+    def _contexts(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         assert self.draw_context is not None
-        context = self.draw_context(n, self.generator)
+        context = self.draw_context(n, generator or self.generator)
         if not isinstance(context, Tensor) or context.shape != (n, self.context_dim):
             raise ValueError(
                 f"context must return shape ({n}, {self.context_dim}), got "
@@ -469,15 +504,20 @@ class EnergyDiffusionTrainer:
         bar.set_description_str(f"cycle {self.cycle + 1}")
         total = torch.zeros((), device=self.device)
         since = 0
-        while self.step_in_cycle < length:
+        while self.step_in_cycle < length and not self._exhausted():
             warm = min(1.0, (self.step_in_cycle + 1) / 200)
             fall = 0.5 * (1 + math.cos(math.pi * self.step_in_cycle / length))
             peak = config.learning_rate * (1.0 if self.cycle == 0 else 0.6)
             for group in self.optimiser.param_groups:
                 group["lr"] = peak * warm * fall + 1e-6
-            loss = self._loss()
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            drawn = self.generator.get_state()
+            try:
+                loss = self._loss()
+                self.optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+            except BaseException:
+                self.generator.set_state(drawn)  # the step has not been: a resumed run does it
+                raise
             self.optimiser.step()
             self.step += 1
             self.step_in_cycle += 1
@@ -503,19 +543,21 @@ class EnergyDiffusionTrainer:
                 state = Progress(self.step, self.cycle, mean_loss, ess, self.evaluations, seconds)
                 if callback is not None and callback(state):
                     return True
-        self.cycle, self.step_in_cycle = self.cycle + 1, 0
         return False
 
     def _loss(self) -> Tensor:
         config, generator = self.config, self.generator
         n = config.batch_size
-        u = torch.rand(n, device=self.device, generator=generator)
-        u = (u + torch.arange(n, device=self.device)) / n * (len(self._levels) - 1)
+        levels = max(1, n // _POINTS_PER_LEVEL)
+        n = n // levels * levels
+        u = torch.rand(levels, device=self.device, generator=generator)
+        u = (u + torch.arange(levels, device=self.device)) / levels * (len(self._levels) - 1)
         below = u.long().clamp(max=len(self._levels) - 2)
         log_sigma = torch.lerp(self._levels[below], self._levels[below + 1], u - below)
         sigma = log_sigma.exp()
         if self.loss == "reverse-sampling":
             assert self.proposal is not None
+            sigma = sigma.repeat_interleave(n // levels)
             x_t = self.proposal.draw(n, sigma, generator=generator)
             return reverse_sampling_loss(
                 self.denoiser,
@@ -524,14 +566,17 @@ class EnergyDiffusionTrainer:
                 sigma,
                 self.kernel,
                 config.num_draws,
+                target=self.target,
                 generator=generator,
             ).mean()
         index = stratified_indices(self._cumulative, n, generator)
         # Stratified draws come sorted; so do the noise levels. Shuffle one of them.
         index = index[torch.randperm(n, device=self.device, generator=generator)]
+        index = index.view(levels, -1)
         context = None if self._bank_context is None else self._bank_context[index // self._rows]
+        x_0, sigma = self._points[index], sigma.unsqueeze(-1)
         return denoising_loss(
-            self.denoiser, self._points[index], sigma, context=context, generator=generator
+            self.denoiser, x_0, sigma, context=context, generator=generator
         ).mean()
 
     def _standard_energy(self, z: Tensor) -> Tensor:
@@ -552,8 +597,9 @@ class EnergyDiffusionTrainer:
         record = {"step": float(self.step), "ess": math.nan, "log_z": math.nan}
         if self.energy.remaining is None or self.energy.remaining >= size:
             sampler = self.sampler()
-            sampler.generator.manual_seed(self.seed + 7919 * (self.cycle + 1))
-            context = None if self.draw_context is None else self._contexts(size)
+            sampler.generator.manual_seed(self.seed + 7919 * (self.cycle + 2))
+            own = sampler.generator
+            context = None if self.draw_context is None else self._contexts(size, own)
             try:
                 draws = sampler.weighted_draws(size, context=context, purpose="check")
                 self.energy.check(draws.x)
@@ -585,6 +631,7 @@ class EnergyDiffusionTrainer:
             "architecture": self.architecture,
             "seed": self.seed,
             "loss": self.loss,
+            "target": self.target,
             "bounds": self.bounds.state_dict(),
             "counts": dict(self.energy.counts),
             "budget": self.energy.budget,

@@ -6,20 +6,23 @@ works on :math:`z \in \mathbb R^d` with mean about 0 and covariance about the id
 .. math:: u = m + L z, \qquad x = b(u),
 
 with :math:`m, L` found by the search (:mod:`rsm_sampler.search`) and :math:`b` applied to each
-coordinate:
+coordinate. With the logistic function :math:`\varsigma(u) = 1 / (1 + e^{-u})`,
 
-==================== ============================== ===========================================
-bounds               :math:`b(u)`                   :math:`\log b'(u)`
-==================== ============================== ===========================================
-none                 :math:`u`                      0
-:math:`x > l`        :math:`l + \log(1 + e^u)`      :math:`\log \mathrm{sig}(u)`
-:math:`x < h`        :math:`h - \log(1 + e^{-u})`   :math:`\log \mathrm{sig}(-u)`
-:math:`l < x < h`    :math:`l + (h-l)\,\mathrm{sig}(u)`  :math:`\log (h-l) + \log\mathrm{sig}(u)
-                                                    + \log\mathrm{sig}(-u)`
-==================== ============================== ===========================================
+================= ================================ ======================================
+bounds            :math:`b(u)`                     :math:`b'(u)`
+================= ================================ ======================================
+none              :math:`u`                        1
+:math:`l < x`     :math:`l - \log \varsigma(-u)`   :math:`\varsigma(u)`
+:math:`x < h`     :math:`h + \log \varsigma(u)`    :math:`\varsigma(-u)`
+:math:`l < x < h` :math:`l + (h - l) \varsigma(u)` :math:`(h - l) \varsigma(u) \varsigma(-u)`
+================= ================================ ======================================
 
 A density follows its coordinates: :math:`E_u(u) = E(b(u)) - \sum_i \log b'(u_i)`, and
 :math:`\log p(x) = \log p(z) - \log|\det L| - \sum_i \log b'(u_i)`.
+
+Points stay strictly inside: where rounding would put x on a bound (there are few numbers between
+1 and 1 + 1e-7, and an energy may well be infinite at the bound itself) it becomes the last number
+before it.
 """
 
 import math
@@ -28,6 +31,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 __all__ = ["Affine", "Bounds"]
 
@@ -40,8 +44,14 @@ class Bounds:
         high: Upper bounds; ``inf`` for none.
         dim: Number of coordinates.
 
+    Attributes:
+        low: Lower bounds in double precision, with shape (dim).
+        high: Upper bounds likewise.
+        active: Whether any coordinate is bounded.
+
     Raises:
-        ValueError: If a shape does not fit, a bound is NaN, or low is not below high.
+        ValueError: If dim is below 1, a shape does not fit, a bound is NaN, or low is not below
+            high.
 
     Example:
         >>> bounds = Bounds(0.0, 1.0, dim=2)
@@ -55,66 +65,101 @@ class Bounds:
         high: float | Sequence[float] | Tensor,
         dim: int,
     ) -> None:
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
         self.low, self.high = _bound("low", low, dim), _bound("high", high, dim)
         if not bool((self.low < self.high).all()):
             raise ValueError(
                 "bounds must have low below high in every coordinate, got low "
                 f"{self.low.tolist()} and high {self.high.tolist()}"
             )
-
-    @property
-    def active(self) -> bool:
-        """Whether any coordinate is bounded."""
-        return bool(self.low.isfinite().any() or self.high.isfinite().any())
+        self.active = bool((self.low.isfinite() | self.high.isfinite()).any())
+        self._like: dict[tuple[torch.dtype, torch.device], _Limits] = {}
 
     def forward(
         self, u: Float[Tensor, "*batch dim"]
     ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch"]]:
-        """The bounded point x and log|det dx/du|."""
+        r"""The bounded point and the volume it takes.
+
+        Arguments:
+            u: Unbounded points, with shape :math:`(*, d)`.
+
+        Returns:
+            The points x, strictly inside the bounds, and :math:`\log|\det \partial x/\partial u|`,
+            with shape :math:`(*)`.
+
+        Raises:
+            ValueError: If the precision of u cannot tell low from high.
+        """
         if not self.active:
             return u, torch.zeros_like(u[..., 0])
-        low, high = self.low.to(u), self.high.to(u)
-        has_low, has_high = low.isfinite(), high.isfinite()
-        low_or_0, high_or_0 = torch.where(has_low, low, 0), torch.where(has_high, high, 0)
-        width = torch.where(has_low & has_high, high_or_0 - low_or_0, 1)
-        sigmoid = torch.nn.functional.logsigmoid
-        softplus = torch.nn.functional.softplus
-        x = torch.where(
-            has_low & has_high,
-            torch.where(
-                u < 0, low_or_0 + width * torch.sigmoid(u), high_or_0 - width * torch.sigmoid(-u)
-            ),
-            torch.where(
-                has_low,
-                low_or_0 + softplus(u),
-                torch.where(has_high, high_or_0 - softplus(-u), u),
-            ),
+        at = self._limits(u)
+        log_up, log_down = logsigmoid(u), logsigmoid(-u)
+        # From the nearer bound, to keep the digits of a small distance.
+        nearer = torch.where(
+            u < 0, at.low + at.width * log_up.exp(), at.high - at.width * log_down.exp()
         )
-        log_det = torch.where(has_low, sigmoid(u), 0) + torch.where(has_high, sigmoid(-u), 0)
-        return x, (log_det + width.log()).sum(-1)
+        one_sided = torch.where(at.has_low, at.low - log_down, at.high + log_up)
+        x = torch.where(at.two_sided, nearer, torch.where(at.bounded, one_sided, u))
+        x = x.clamp(at.first, at.last)
+        log_det = torch.where(at.has_low, log_up, 0) + torch.where(at.has_high, log_down, 0)
+        return x, log_det.sum(-1) + at.log_volume
 
     def inverse(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """The unbounded point u; NaN for x on or outside the bounds."""
+        """The unbounded point.
+
+        Arguments:
+            x: Points, with shape :math:`(*, d)`.
+
+        Returns:
+            The points u, NaN in the coordinates where x is on or outside the bounds.
+        """
         if not self.active:
             return x
-        low, high = self.low.to(x), self.high.to(x)
-        above, below = x - low, high - x
-        two = low.isfinite() & high.isfinite()
-        outside = (above <= 0) | (below <= 0)
+        at = self._limits(x)
+        above, below = x - at.low, at.high - x
         u = torch.where(
-            two,
+            at.two_sided,
             above.log() - below.log(),
-            torch.where(
-                low.isfinite(),
-                _inverse_softplus(above),
-                torch.where(high.isfinite(), -_inverse_softplus(below), x),
-            ),
+            torch.where(at.has_low, _inverse_softplus(above), -_inverse_softplus(below)),
         )
-        return torch.where(outside, torch.nan, u)
+        inside = (~at.has_low | (above > 0)) & (~at.has_high | (below > 0))
+        return torch.where(at.bounded, torch.where(inside, u, torch.nan), x)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that make the same bounds again."""
+        """Tensors that make the same bounds again: ``Bounds(**state, dim=len(low))``."""
         return {"low": self.low, "high": self.high}
+
+    def _limits(self, like: Tensor) -> "_Limits":
+        key = (like.dtype, like.device)
+        if key not in self._like:
+            self._like[key] = _Limits(self.low, self.high, like)
+        return self._like[key]
+
+
+class _Limits:
+    """Bounds in one precision, on one device; 0 stands for an infinite one."""
+
+    def __init__(self, low: Tensor, high: Tensor, like: Tensor) -> None:
+        has_low, has_high = low.isfinite(), high.isfinite()
+        two_sided = has_low & has_high
+        width = torch.where(two_sided, high - low, 1.0)
+        near_low, near_high = low.to(like.dtype), high.to(like.dtype)
+        first = torch.where(has_low, near_low.nextafter(near_high), near_low)
+        last = torch.where(has_high, near_high.nextafter(near_low), near_high)
+        if not bool(((near_low < near_high) & (first <= last)).all()):
+            raise ValueError(
+                f"bounds must be apart in {like.dtype}, got low {low.tolist()} and high "
+                f"{high.tolist()}"
+            )
+        self.low = torch.where(has_low, low, 0.0).to(like)
+        self.high = torch.where(has_high, high, 0.0).to(like)
+        self.width = width.to(like)
+        self.log_volume = width.log().sum().to(like)
+        self.first, self.last = first.to(like.device), last.to(like.device)
+        self.has_low, self.has_high = has_low.to(like.device), has_high.to(like.device)
+        self.two_sided = two_sided.to(like.device)
+        self.bounded = self.has_low | self.has_high
 
 
 class Affine:
@@ -123,30 +168,73 @@ class Affine:
     Arguments:
         loc: The location m, with shape (dim).
         scale_tril: The factor L, with shape (dim, dim) and a positive diagonal.
+
+    Attributes:
+        log_det: :math:`\log|\det L|`, a number.
+
+    Raises:
+        ValueError: If a shape does not fit, an entry is not finite, L has entries above its
+            diagonal, or the diagonal is not positive.
+
+    Example:
+        >>> affine = Affine(torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        >>> affine.forward(torch.ones(1, 2))
+        tensor([[3., 2.]])
     """
 
     def __init__(self, loc: Float[Tensor, " dim"], scale_tril: Float[Tensor, "dim dim"]) -> None:
-        self.loc, self.scale_tril = loc, scale_tril
-        self.log_det = float(scale_tril.double().diagonal().log().sum())
+        if loc.dim() != 1 or len(loc) < 1 or scale_tril.shape != (len(loc), len(loc)):
+            raise ValueError(
+                "loc and scale_tril must have shapes (dim,) and (dim, dim), got "
+                f"{tuple(loc.shape)} and {tuple(scale_tril.shape)}"
+            )
+        if not bool(loc.isfinite().all()):
+            raise ValueError(f"loc must be finite, got {loc.tolist()}")
+        diagonal = scale_tril.diagonal()
+        triangular = bool((scale_tril.triu(1) == 0).all()) and bool(scale_tril.isfinite().all())
+        if not (triangular and bool((diagonal > 0).all())):
+            raise ValueError(
+                "scale_tril must be finite and lower triangular with a positive diagonal, got "
+                f"diagonal {diagonal.tolist()}"
+            )
+        self.loc, self.scale_tril = loc.detach(), scale_tril.detach()
+        self.log_det = float(self.scale_tril.double().diagonal().log().sum())
+        self._like: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def identity(cls, dim: int) -> "Affine":
-        """No change of coordinates."""
+        """No change of coordinates.
+
+        Arguments:
+            dim: Number of coordinates.
+
+        Returns:
+            The map with m = 0 and L = 1.
+        """
         return cls(torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64))
 
     def forward(self, z: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """u of z, with z's dtype and device."""
-        return self.loc.to(z) + z @ self.scale_tril.to(z).mT
+        """The point u of z, with z's shape, precision and device."""
+        loc, scale_tril = self._map(z)
+        return loc + z @ scale_tril.mT
 
     def inverse(self, u: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """z of u."""
-        shifted = (u - self.loc.to(u)).unsqueeze(-1)
-        factor = self.scale_tril.to(u)
-        return torch.linalg.solve_triangular(factor, shifted, upper=False).squeeze(-1)
+        """The point z of u, with u's shape, precision and device."""
+        loc, scale_tril = self._map(u)
+        flat = (u - loc).reshape(-1, len(loc))
+        # One factor for all rows, z L^T = u - m, instead of a copy of it for each.
+        z = torch.linalg.solve_triangular(scale_tril.mT, flat, upper=True, left=False)
+        return z.reshape(u.shape)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that make the same map again."""
+        """Tensors that make the same map again: ``Affine(**state)``."""
         return {"loc": self.loc, "scale_tril": self.scale_tril}
+
+    def _map(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        key = (like.dtype, like.device)
+        if key not in self._like:
+            self._like[key] = (self.loc.to(like), self.scale_tril.to(like))
+        return self._like[key]
 
 
 def _bound(name: str, value: float | Sequence[float] | Tensor, dim: int) -> Tensor:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
+from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
 from rsm_sampler.mcmc import (
     HMC,
     MALA,
-    CountedEnergy,
     GaussianPath,
     Langevin,
     ParallelTempering,
@@ -191,7 +191,7 @@ def test_forbidden_energies_are_never_entered(value, kernel):
     state = kernel.start(walled(value), normal(200, 2).clamp(-1, 1))
     state = advance(kernel, state, 30, rng())
     assert (state.x.abs() <= 1).all() and state.energy.isfinite().all()
-    assert (state.target.num_bad > 0) == (value != math.inf)
+    assert (state.target.failures > 0) == (value != math.inf)
 
 
 def test_random_walk_on_a_box_is_uniform():
@@ -208,16 +208,6 @@ def test_a_chain_leaves_a_forbidden_start():
     state = kernel.start(walled(math.inf), torch.full((20, 2), 1.5))
     assert state.energy.isposinf().all()
     assert advance(kernel, state, 100, rng()).energy.isfinite().all()
-
-
-def test_counted_energy_counts_points_and_gradients():
-    energy = CountedEnergy(lambda x: x.square().sum(-1).sqrt())  # no gradient at 0
-    value, slope = energy(torch.zeros(2, 3, 4))
-    assert slope is None and value.shape == (2, 3) and energy.evaluations == 6
-    value, slope = energy(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), gradient=True)
-    assert energy.evaluations == 10 and energy.num_bad == 1
-    assert value.tolist() == [math.inf, 5.0]
-    torch.testing.assert_close(slope, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
 
 
 # --- parallel tempering -----------------------------------------------------------------
@@ -255,7 +245,7 @@ def test_every_level_keeps_its_law(move):
     for k in range(4):
         laws = [stats.norm(means[k, j], precision[k] ** -0.5).cdf for j in range(2)]
         assert (ks_per_coordinate(state.x[:, k], laws) <= band).all()
-    torch.testing.assert_close(state.energy, state.target(state.x)[0])
+    torch.testing.assert_close(state.energy, state.target(state.x))
     if state.gradient is not None:
         torch.testing.assert_close(state.gradient, (state.x - mean) / std**2)
 
@@ -478,6 +468,18 @@ def test_one_call_samples_the_law():
     ).all()
 
 
+def test_a_metered_energy_keeps_the_account():
+    energy = MeteredEnergy(walled(math.nan), 2, budget=4000)
+    energy(torch.full((5, 2), 9.0), purpose="search")
+    x = torch.zeros(10, 2)
+    chain = run_mcmc(energy, x, method="mala", evaluations=1000, generator=rng(), step_size=0.5)
+    short = refine(energy, x, steps=5, generator=rng())
+    assert energy.counts == {"search": 5, "mcmc": chain.evaluations + short.evaluations}
+    assert chain.evaluations == 1000 and energy.failures == 5 + chain.num_bad + short.num_bad
+    with pytest.raises(BudgetExceededError):
+        refine(energy, x, steps=500, generator=rng())
+
+
 def test_float32_stays_float32():
     result = run_mcmc(quadratic, normal(6, 2, dtype=torch.float32), evaluations=3000)
     assert result.samples.dtype == result.energy.dtype == torch.float32
@@ -555,7 +557,7 @@ def test_states_are_not_changed_by_steps():
         ),
         (
             lambda: run_mcmc(lambda x: x, normal(3, 2), method="rw", evaluations=99),
-            r"energy must map points of shape \(3, 2\) to values of shape \(3,\), got \(3, 2\)",
+            r"energy must return one value per point, shape \(3,\) for points of shape \(3, 2\)",
         ),
         (
             lambda: run_mcmc(

@@ -1,0 +1,388 @@
+"""The trained sampler: draws, densities, weights, files. Mostly with exact denoisers."""
+
+import copy
+import math
+import pickle
+import zipfile
+
+import pytest
+import torch
+from scipy import stats
+
+from energies import ConditionalMixture, GaussianMixture
+from rsm_sampler import CheckpointError, EnergyDiffusionTrainer, EnergySampler, TrainerConfig
+from rsm_sampler.denoisers import Denoiser
+from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.networks import MLP
+from rsm_sampler.schedules import EDM
+from rsm_sampler.transforms import Affine, Bounds
+from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
+
+DOUBLE = torch.float64
+METHODS = ["heun", "ddim", "ancestral", "langevin"]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def two_modes():
+    return GaussianMixture(torch.tensor([[103.0, 3.0], [97.0, -3.0]]), 1.0, weights=[0.7, 0.3])
+
+
+def untrained(dim=2, context_dim=None, bounds=(-math.inf, math.inf), num_steps=8, **options):
+    """A small network with random weights."""
+    architecture = {"dim": dim, "context_dim": context_dim, "width": 8, "depth": 2,
+                    "frequencies": 4, "bandwidth": 1.0}  # fmt: skip
+    denoiser = Denoiser(MLP(**architecture, generator=rng(3)))
+    for parameter in denoiser.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng(4))
+    scale = torch.eye(dim, dtype=DOUBLE) + 0.3 * torch.ones(dim, dim, dtype=DOUBLE).tril()
+    return EnergySampler(
+        denoiser.requires_grad_(False),
+        Affine(torch.arange(dim, dtype=DOUBLE), scale),
+        Bounds(*bounds, dim),
+        EDM(0.02, 10.0),
+        num_steps,
+        architecture,
+        5,
+        **options,
+    )
+
+
+# Draws
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_samples_have_their_shape_and_follow_the_generator(method, n):
+    sampler = untrained()
+    x = sampler.sample(n, method=method, generator=rng(1))
+    assert (x.shape, x.dtype) == ((n, 2), torch.float32)
+    assert torch.equal(x, sampler.sample(n, method=method, generator=rng(1)))
+    if n:
+        assert not torch.equal(x, sampler.sample(n, method=method, generator=rng(2)))
+
+
+def test_without_a_generator_the_samplers_own_advances():
+    sampler, twin = untrained(), untrained()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = sampler.sample(5), sampler.sample(5)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, twin.sample(5))
+    assert torch.equal(second, twin.sample(5))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_chunks_change_memory_not_the_law():
+    """One chunk at a time draws its own noise; a whole chunk is the same numbers."""
+    sampler = untrained()
+    whole = sampler.sample(10, generator=rng(), chunk=10)
+    assert torch.equal(whole, sampler.sample(10, generator=rng(), chunk=1000))
+    pieces = sampler.sample(10, generator=rng(), chunk=4)
+    assert pieces.shape == (10, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_steps"), [("heun", 32), ("ddim", 128), ("ancestral", 128)]
+)
+def test_an_exact_denoiser_gives_the_target(method, num_steps):
+    """KS of both coordinates, 0.005 for the steps; false alarm 4e-6, detects weights off 0.03.
+
+    The target sits a hundred widths from the origin: affine coordinates are on trial as well.
+    """
+    target, n = two_modes(), 20_000
+    x = exact_sampler(target).sample(n, method=method, num_steps=num_steps, generator=rng())
+    band = math.sqrt(math.log(2 / 1e-6) / (2 * n)) + 0.005
+    for i in range(2):
+        law = [stats.norm(float(loc[i]), 1.0).cdf for loc in target.loc]
+        cdf = lambda v, law=law: 0.7 * law[0](v) + 0.3 * law[1](v)  # noqa: E731
+        assert stats.kstest(x[:, i].numpy(), cdf).statistic <= band
+
+
+# Densities
+
+
+@pytest.mark.parametrize("bounds", [(-math.inf, math.inf), (0.0, math.inf), (-1.0, 2.0)])
+def test_draws_come_with_the_density_of_the_process_that_made_them(bounds):
+    """In one dimension: the density integrates to the empirical shares between quantiles.
+
+    The map is monotone, so a cell between two neighbouring draws holds the density's integral:
+    noise levels in, draws out, checked against a finite difference of the map itself.
+    """
+    sampler = untrained(dim=1, bounds=bounds)
+    x, log_prob = sampler.sample_with_log_prob(4000, generator=rng())
+    flow = sampler.process()
+    z_t = flow.start(4000, generator=rng()).double()
+    base = stats.norm(0, flow.levels[0]).logpdf(z_t[:, 0].numpy())
+    order = z_t[:, 0].argsort()
+    u, v, density = z_t[order, 0], x[order, 0].double(), (log_prob.double())[order]
+    # d x / d z_t by central differences over neighbours two apart, in the bulk.
+    slope = (v[2:] - v[:-2]) / (u[2:] - u[:-2])
+    expected = torch.as_tensor(base)[order][1:-1] - slope.abs().log()
+    close = (u[2:] - u[:-2] < 0.05) & (u[2:] - u[:-2] > 1e-3)
+    assert int(close.sum()) > 500
+    error = (density[1:-1] - expected)[close].abs()
+    assert float(error.median()) < 0.01
+    assert float(error.quantile(0.9)) < 0.05
+
+
+@pytest.mark.parametrize("bounds", [None, Bounds(-math.inf, [102.0, math.inf], 2)])
+def test_log_prob_agrees_with_the_density_of_the_draws(bounds):
+    """Within the step-doubling error of the ODE, and that of the sampler's own steps.
+
+    The sampler with 64 steps; errors of second order. The mean over draws, as single points far
+    out may do worse.
+    """
+    target = two_modes()
+    sampler = exact_sampler(target, num_steps=64)
+    if bounds is not None:
+        sampler.bounds = bounds
+        sampler.affine = Affine(torch.zeros(2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE))
+    x, log_prob = sampler.sample_with_log_prob(300, generator=rng())
+    again, error = sampler.log_prob(x, with_error=True)
+    assert float(error.median()) < 0.02
+    difference = (again - log_prob).abs()
+    assert float(difference.median()) <= 3 * float(error.median()) + 0.01
+    finer, finer_error = sampler.log_prob(x, num_steps=256, with_error=True)
+    assert finer_error.median() < error.median()
+    assert (finer - log_prob).abs().median() < 0.02
+
+
+def test_log_prob_is_that_of_the_target():
+    target = two_modes()
+    sampler = exact_sampler(target)
+    x = target.sample((500,), generator=rng())
+    error = sampler.log_prob(x) - target.log_prob(x.double())
+    assert float(error.abs().median()) < 0.02
+    assert sampler.log_prob(x[:0]).shape == (0,)
+
+
+def test_outside_of_the_bounds_there_is_no_density():
+    sampler = untrained(bounds=(0.0, [math.inf, 1.0]))
+    x = torch.tensor([[1.0, 0.5], [-1.0, 0.5], [1.0, 1.5], [0.0, 0.5]])
+    log_prob = sampler.log_prob(x)
+    assert log_prob[0].isfinite()
+    assert log_prob[1:].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("bounds", [(0.0, math.inf), (-math.inf, 1.0), ([0.0, -2.0], [1.0, 3.0])])
+def test_draws_lie_within_the_bounds(bounds):
+    sampler = untrained(bounds=bounds)
+    x = sampler.sample(2000, generator=rng())
+    assert (x >= sampler.bounds.low.float()).all()
+    assert (x <= sampler.bounds.high.float()).all()
+
+
+# Weights
+
+
+def test_weights_give_log_z_without_bias():
+    """A sampler of another law than the target: log Z within 5 standard errors, 6e-7."""
+    target = GaussianMixture(torch.zeros(1, 2), 1.0)
+    around = GaussianMixture(torch.tensor([[0.3, 0.0]]), 1.3)
+    sampler = exact_sampler(target, around)
+    shift = 7.5  # an energy of known log Z
+    energy = MeteredEnergy(lambda x: target(x) - shift, 2)
+    draws = sampler.weighted_draws(8192, energy=energy, generator=rng())
+    assert energy.counts == {"diagnosis": 8192}
+    weight = (draws.log_weight.double() - shift).exp()
+    se = float(weight.std()) / math.sqrt(8192)
+    assert abs(float(weight.mean()) - 1) <= 5 * se
+    assert se < 0.02
+    assert draws.ess == pytest.approx(8192 / (1 + 8192 * se**2), rel=0.02)
+    torch.testing.assert_close(draws.log_weight, -draws.energy - draws.log_prob)
+
+
+def test_many_dimensions_use_path_weights():
+    """A 20-D normal target and its denoiser: path weights average to Z = 1, 5 standard errors."""
+    target = GaussianMixture(torch.zeros(1, 20), 1.0)
+    sampler = exact_sampler(target)
+    draws = sampler.weighted_draws(2000, generator=rng())
+    assert draws.log_prob is None
+    weight = draws.log_weight.double().exp()
+    assert abs(float(weight.mean()) - 1) <= 5 * float(weight.std()) / math.sqrt(2000)
+    assert draws.ess > 500
+    torch.testing.assert_close(draws.energy, target(draws.x))
+
+
+def test_resampled_draws_have_the_targets_law():
+    """A mean moved by 0.5 comes back; resampling by weight, KS with the band of the ESS."""
+    target = GaussianMixture(torch.zeros(1, 1), 1.0)
+    sampler = exact_sampler(target, GaussianMixture(torch.tensor([[0.5]]), 1.2))
+    draws = sampler.weighted_draws(20_000, generator=rng())
+    x = draws.resample(5000, generator=rng(1))
+    assert x.shape == (5000, 1)
+    band = math.sqrt(math.log(2 / 1e-6) / 2 * (1 / draws.ess + 1 / 5000))
+    assert stats.kstest(x[:, 0].numpy(), stats.norm.cdf).statistic <= 2 * band
+    assert stats.kstest(draws.x[:, 0].numpy(), stats.norm.cdf).statistic > 2 * band
+
+
+# Contexts
+
+
+def conditional():
+    mix = ConditionalMixture.line()
+    affine = Affine(mix.prior.mean, torch.linalg.cholesky(mix.prior.covariance))
+    return mix, sampler_of(ConditionalDenoiser(mix, affine), mix, affine, context_dim=1)
+
+
+def test_one_context_serves_all_draws_or_each_has_its_own():
+    mix, sampler = conditional()
+    one = sampler.sample(50, context=torch.tensor([2.0]), generator=rng())
+    each = sampler.sample(50, context=torch.full((50, 1), 2.0), generator=rng())
+    plain = sampler.sample(50, context=[2.0], generator=rng())
+    assert torch.equal(one, each)
+    assert torch.equal(one, plain)
+    small = sampler.sample(50, context=torch.full((50, 1), 2.0), generator=rng(), chunk=50)
+    assert torch.equal(one, small)
+    x = torch.linspace(-4, 4, 9)[:, None]
+    error = sampler.log_prob(x, context=torch.tensor([2.0])) - mix.log_prob(
+        x, torch.ones(9, 1) * 2
+    )
+    # The start at sigma 20 forgets the posterior's own mean m (in widths): m z / 20, |z| up to 2.
+    assert float(error.abs().median()) < 0.2
+    draws = sampler.weighted_draws(500, context=torch.tensor([2.0]), generator=rng())
+    exact = float(mix.log_z(torch.tensor([2.0])))
+    assert float(torch.logsumexp(draws.log_weight, 0)) - math.log(500) == pytest.approx(
+        exact, abs=0.02
+    )
+
+
+def test_contexts_stay_with_their_draws_across_chunks():
+    """Rows with context 0 and rows with context 6 go to different modes."""
+    _, sampler = conditional()
+    context = torch.tensor([[-6.0], [6.0]]).repeat(50, 1)
+    x = sampler.sample(100, context=context, generator=rng(), chunk=33)
+    assert (x[0::2] < 0).float().mean() > 0.9
+    assert (x[1::2] > 0).float().mean() > 0.9
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (None, "context must be of length 1, got None"),
+        (torch.zeros(2), r"context must have shape \(1,\) or \(5, 1\), got \(2,\)"),
+        (torch.zeros(4, 1), r"context must have shape \(1,\) or \(5, 1\), got \(4, 1\)"),
+        (torch.tensor(0.0), r"context must have shape \(1,\) or \(5, 1\), got \(\)"),
+    ],
+)
+def test_contexts_that_do_not_fit_are_refused(context, message):
+    with pytest.raises(ValueError, match=message):
+        conditional()[1].sample(5, context=context)
+
+
+@pytest.mark.bad_input
+def test_bad_arguments_are_refused():
+    sampler = untrained()
+    with pytest.raises(ValueError, match="context must be None, got"):
+        sampler.sample(5, context=torch.zeros(1))
+    with pytest.raises(ValueError, match="n must be at least 0, got -1"):
+        sampler.sample(-1)
+    with pytest.raises(ValueError, match=r"method must be one of \['ancestral', 'ddim', 'heun', "
+                       r"'langevin'\], got 'euler'"):  # fmt: skip
+        sampler.sample(5, method="euler")
+    with pytest.raises(ValueError, match=r"x must have shape \(n, 2\), got \(3,\)"):
+        sampler.log_prob(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"x must have shape \(n, 2\), got \(3, 1\)"):
+        sampler.log_prob(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="energy must be given for a sampler that was loaded"):
+        sampler.weighted_draws(5)
+
+
+# Files
+
+
+@pytest.mark.parametrize("context_dim", [None, 3])
+def test_a_saved_sampler_comes_back_bit_for_bit(tmp_path, context_dim):
+    sampler = untrained(context_dim=context_dim, bounds=([0.0, -math.inf], [math.inf, 2.0]),
+                        search={"log_z": 1.5, "log_z_se": math.nan, "ess": 3.0, "method": "bank"},
+                        history=[{"step": 10.0, "ess": 0.5}], counts={"search": 7})  # fmt: skip
+    sampler.save(tmp_path / "sampler.pt")
+    again = EnergySampler.load(tmp_path / "sampler.pt")
+    context = None if context_dim is None else torch.ones(context_dim)
+    for method in METHODS:
+        x, y = (s.sample(9, context=context, method=method) for s in (sampler, again))
+        assert torch.equal(x, y)
+    x = torch.tensor([[1.0, 1.0]])
+    assert torch.equal(again.log_prob(x, context=context), sampler.log_prob(x, context=context))
+    assert again.history == sampler.history
+    assert again.counts == sampler.counts
+    assert again.search["method"] == "bank"
+    assert again.energy is None
+    assert again.seed == sampler.seed
+
+
+def test_a_loaded_sampler_takes_an_energy(tmp_path):
+    untrained().save(tmp_path / "sampler.pt")
+    again = EnergySampler.load(tmp_path / "sampler.pt", energy=lambda x: x.square().sum(-1))
+    assert again.weighted_draws(10).log_weight.shape == (10,)
+    assert again.energy.counts == {"diagnosis": 10}
+
+
+class Trap:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (type(self.mark).touch, (self.mark,))
+
+
+def test_loading_executes_nothing(tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "trap.pt"
+    torch.save({"magic": "rsm_sampler checkpoint", "payload": Trap(mark)}, path)
+    with pytest.raises(CheckpointError, match=r"trap\.pt"):
+        EnergySampler.load(path)
+    path.write_bytes(pickle.dumps(Trap(mark)))
+    with pytest.raises(CheckpointError, match=r"trap\.pt"):
+        EnergySampler.load(path)
+    assert not mark.exists()
+
+
+def test_files_that_are_no_sampler_are_named(tmp_path):
+    good = tmp_path / "good.pt"
+    untrained().save(good)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*missing\.pt"):
+        EnergySampler.load(tmp_path / "missing.pt")
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(good.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=r"cut\.pt cannot be read"):
+        EnergySampler.load(cut)
+    spoilt, data = tmp_path / "spoilt.pt", bytearray(good.read_bytes())
+    with zipfile.ZipFile(good) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data[largest.header_offset + 200] ^= 0xFF
+    spoilt.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"spoilt\.pt cannot be read"):
+        EnergySampler.load(spoilt)
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    with pytest.raises(CheckpointError, match="was not written by rsm_sampler"):
+        EnergySampler.load(foreign)
+
+
+def test_a_trainers_file_is_no_sampler(tmp_path):
+    config = TrainerConfig(search_evaluations=500, bank_size=500, steps_per_cycle=1, max_cycles=1,
+                           width=8, check_draws=16)  # fmt: skip
+    trainer = EnergyDiffusionTrainer(lambda x: x.square().sum(-1), 1, config=config)
+    trainer.fit(progress=False, checkpoint_path=tmp_path / "trainer.pt")
+    with pytest.raises(CheckpointError, match="kind 'trainer', expected 'sampler'"):
+        EnergySampler.load(tmp_path / "trainer.pt")
+
+
+def test_later_training_leaves_a_sampler_alone():
+    config = TrainerConfig(search_evaluations=1000, bank_size=1000, steps_per_cycle=20,
+                           max_cycles=1, width=8, batch_size=64, check_draws=64,
+                           target_ess=1.0)  # fmt: skip
+    trainer = EnergyDiffusionTrainer(lambda x: x.square().sum(-1), 2, config=config)
+    sampler = trainer.fit(progress=False)
+    before, history = sampler.sample(20, generator=rng()), copy.deepcopy(sampler.history)
+    later = trainer.fit(max_cycles=2, progress=False)
+    assert torch.equal(before, sampler.sample(20, generator=rng()))
+    assert sampler.history == history
+    assert len(later.history) == 2
+    assert not torch.equal(before, later.sample(20, generator=rng()))

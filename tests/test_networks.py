@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+
+from rsm_sampler.networks import MLP, shared_level
+from tests.exact import NoReadBack
+
+DOUBLE = torch.float64
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(dim=2, **kwargs):
+    """A network whose last layer is not at its start, zero."""
+    made = MLP(dim, **{"width": 16, "generator": rng()} | kwargs)
+    torch.nn.init.normal_(made.output.weight, generator=rng(9))
+    torch.nn.init.normal_(made.output.bias, generator=rng(10))
+    return made
+
+
+def weights(made):
+    return torch.cat([value.flatten() for value in made.state_dict().values()])
+
+
+def test_the_untrained_output_is_zero():
+    x = torch.randn(5, 3, generator=rng())
+    assert torch.equal(MLP(3, generator=rng())(x, torch.zeros(5)), torch.zeros(5, 3))
+
+
+def test_initial_weights_have_the_usual_law():
+    """Uniform within 1 / sqrt(inputs): bounds, and a standard deviation within 5 errors."""
+    made = MLP(2, width=256, depth=2, generator=rng())
+    for layer in [made.embedding, made.modulation, *made.layers]:
+        reach = 1 / math.sqrt(layer.in_features)
+        weight = layer.weight.detach().double()
+        assert weight.abs().max() <= reach and layer.bias.abs().max() <= reach
+        # The variance of u² on [-1, 1] is 4/45, its mean 1/3.
+        error = math.sqrt(4 / 45 / weight.numel())
+        assert abs((weight / reach).square().mean().item() - 1 / 3) <= 5 * error
+    assert made.projection.std().item() == pytest.approx(2 * math.sqrt(2 / 3), rel=0.4)
+
+
+@pytest.mark.parametrize("frequencies", [0, 8])
+def test_the_generator_decides_the_weights(frequencies):
+    def make(generator):
+        return weights(MLP(2, width=8, frequencies=frequencies, generator=generator))
+
+    before = torch.random.get_rng_state()
+    generator = rng(3)
+    first, second = make(generator), make(generator)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(first, make(rng(3))) and not torch.equal(first, second)
+    # Without a generator the global one is used, as everywhere in PyTorch.
+    assert not torch.equal(make(None), make(None))
+    assert not torch.equal(before, torch.random.get_rng_state())
+    torch.random.set_rng_state(before)
+
+
+@pytest.mark.parametrize("context_dim", [None, 3])
+def test_a_shared_level_gives_what_single_levels_give(context_dim):
+    made = network(context_dim=context_dim).double()
+    x = torch.randn(4, 5, 2, generator=rng(), dtype=DOUBLE)
+    extra = () if context_dim is None else (torch.randn(4, 5, 3, generator=rng(), dtype=DOUBLE),)
+    one = torch.full((), 0.7, dtype=DOUBLE)
+    torch.testing.assert_close(
+        made(x, one.expand(4, 5), *extra), made(x, one.repeat(4, 5), *extra)
+    )
+    rows = torch.randn(4, 1, generator=rng(), dtype=DOUBLE)
+    torch.testing.assert_close(
+        made(x, rows.expand(4, 5), *extra), made(x, rows.repeat(1, 5), *extra)
+    )
+
+
+def test_shared_levels_are_found_without_looking_at_values():
+    one = torch.tensor(2.0)
+    assert shared_level(one.expand(3, 4)).shape == (1, 1)
+    assert shared_level(torch.ones(3, 1).expand(3, 4)).shape == (3, 1)
+    assert shared_level(torch.ones(3, 4)).shape == (3, 4)
+    assert shared_level(one).shape == () and shared_level(one.expand(0)).shape == (0,)
+    with NoReadBack():
+        network()(torch.zeros(3, 2), one.expand(3))
+
+
+def test_level_context_and_point_all_matter():
+    made = network(context_dim=1)
+    x, level, context = torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1)
+    base = made(x, level, context)
+    for other in [(x + 1, level, context), (x, level + 1, context), (x, level, context + 1)]:
+        assert not torch.allclose(made(*other), base)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("frequencies", [0, 8])
+def test_rows_are_independent(depth, frequencies):
+    made = network(depth=depth, frequencies=frequencies).double()
+    x = torch.randn(6, 2, generator=rng(), dtype=DOUBLE)
+    level = torch.randn(6, generator=rng(1), dtype=DOUBLE)
+    together = made(x, level)
+    torch.testing.assert_close(made(x.view(2, 3, 2), level.view(2, 3)).view(6, 2), together)
+    torch.testing.assert_close(made(x[3], level[3]), together[3])
+    assert made(x[:0], level[:0]).shape == (0, 2)
+
+
+def test_the_state_makes_the_same_network():
+    made, other = network(), MLP(2, width=16, generator=rng(5))
+    other.load_state_dict(made.state_dict())
+    x = torch.randn(5, 2, generator=rng())
+    assert torch.equal(made(x, torch.zeros(5)), other(x, torch.zeros(5)))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MLP(0), "dim must be at least 1, got 0"),
+        (lambda: MLP(2, width=0), "width must be at least 1, got 0"),
+        (lambda: MLP(2, depth=0), "depth must be at least 1, got 0"),
+        (lambda: MLP(2, frequencies=-1), "frequencies must be at least 0, got -1"),
+        (lambda: MLP(2, context_dim=-1), "context_dim must be at least 0, got -1"),
+        (lambda: MLP(2, bandwidth=0.0), "bandwidth must be positive, got 0.0"),
+        (
+            lambda: MLP(2, context_dim=3)(torch.zeros(1, 2), torch.zeros(1)),
+            "context must have length 3, got 0",
+        ),
+        (
+            lambda: MLP(2)(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 4)),
+            "context must have length 0, got 4",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
