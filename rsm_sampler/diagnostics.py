@@ -214,7 +214,7 @@ class _Examination:
         seed: int,
     ) -> None:
         self.sampler, self.n, self.context = sampler, n, context
-        budget = energy.budget
+        budget = sampler.search.get("budget")
         self.energy = MeteredEnergy(energy.energy, sampler.dim, context_dim=sampler.context_dim)
         if budget is not None:
             self.n = min(n, max(100, budget // 10))

@@ -83,8 +83,10 @@ class EnergySampler:
         num_steps: Steps of the default sampler.
         architecture: Arguments of the network, to build it again.
         seed: Seed of the sampler's own generator.
-        energy: The energy it was trained on; None after loading without one.
-        search: What the search found: ``log_z``, ``log_z_se``, ``ess``, ``method``.
+        energy: The energy it was trained on, on a meter of its own without a budget; None after
+            loading without one.
+        search: What the search found: ``log_z``, ``log_z_se``, ``ess``, ``method``; and the
+            training's ``budget``.
         history: Records of the training, one per check.
         counts: Energy evaluations of search and training, by purpose.
     """

@@ -8,12 +8,12 @@ are known exactly at every step:
    known density q. They are weighted towards :math:`q^{1-\beta} e^{-\beta E}`, with the largest
    :math:`\beta \le 1` that leaves a sufficient effective sample size. Their weighted mean and
    covariance make the next q, a Student-t; repeated until :math:`\beta = 1` or no more progress.
-2. **Kernels.** Where that succeeds (low dimensions), the weighted points are resampled and become
-   the centres of a kernel density with a bandwidth of each centre's own, mixed with a tenth of
+2. **Kernels.** In up to a dozen dimensions, the weighted points are resampled and become the
+   centres of a kernel density, each with the shape of its neighbourhood, mixed with a tenth of
    the broad Student-t, which guards against what the kernels missed. Four rounds.
 3. **Bank.** Many draws of the last proposal with :math:`\log w = -E(x) - \log q(x)`: weighted
    samples of the target, an estimate of log Z, and the training data of loss (13).
-4. **Chains.** Where :math:`\beta` gets stuck below 1 or the kernels fail (high dimensions), a
+4. **Chains.** Where a bank would not be worth its evaluations (high dimensions), a
    population of random-walk Metropolis chains goes from the last Student-t to the target along the
    same path, resampled on the way (sequential Monte Carlo). It gives equally weighted, dependent
    samples.
@@ -167,37 +167,39 @@ class StudentT:
         noise = torch.randn(
             n, dim, dtype=self.loc.dtype, device=self.loc.device, generator=generator
         )
-        # A chi-square draw with df degrees of freedom as a sum of squares (df is an integer here).
-        square = (
-            torch.randn(
-                n, int(self.df), dtype=self.loc.dtype, device=self.loc.device, generator=generator
-            )
-            .square()
-            .sum(-1, keepdim=True)
-        )
-        return self.loc + (noise @ self.scale_tril.mT) * (self.df / square).sqrt()
+        stretch = _stretch(n, self.df, noise, generator)
+        return self.loc + (noise @ self.scale_tril.mT) * stretch
 
     def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
         """Log-density."""
         dim = len(self.loc)
         z = torch.linalg.solve_triangular(self.scale_tril, (x - self.loc).mT, upper=False)
-        half = (self.df + dim) / 2
-        constant = (
-            math.lgamma(half)
-            - math.lgamma(self.df / 2)
-            - 0.5 * dim * math.log(self.df * math.pi)
-            - self.scale_tril.diagonal().log().sum()
-        )
+        half, constant = _student_constants(dim, self.df)
+        constant = constant - self.scale_tril.diagonal().log().sum()
         return constant - half * torch.log1p(z.square().sum(0) / self.df)
 
 
-class KernelDensity:
-    r"""Gaussian kernels with a bandwidth of their own, mixed with a broad law.
+def _student_constants(dim: int, df: float) -> tuple[float, float]:
+    """Exponent and log normaliser of the Student-t law, for a unit shape matrix."""
+    half = (df + dim) / 2
+    return half, math.lgamma(half) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
 
-    .. math:: q(x) = (1 - \delta) \sum_i a_i\, \mathcal N(x; c_i, h_i^2 \Sigma)
+
+def _stretch(n: int, df: float, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What turns normal draws into Student-t ones, (n, 1); df is a whole number here."""
+    normal = torch.randn(n, int(df), dtype=like.dtype, device=like.device, generator=generator)
+    return (df / normal.square().sum(-1, keepdim=True)).sqrt()
+
+
+class KernelDensity:
+    r"""Student-t kernels, each with the shape of its neighbourhood, mixed with a broad law.
+
+    .. math:: q(x) = (1 - \delta) \sum_i a_i\, t_5(x; c_i, H_i)
               + \delta\, q_{\rm broad}(x)
 
-    :math:`h_i` is the distance to the k-th neighbour in the metric of :math:`\Sigma`.
+    :math:`H_i` is :math:`(d + 2)/2` times the mean outer product of the differences to the k
+    nearest neighbours, shrunk by :math:`d/(d + k)` towards a multiple of the identity in the
+    broad law's metric. The tails reach where the neighbours do not.
 
     Arguments:
         centres: The M distinct centres, (M, dim).
@@ -214,14 +216,23 @@ class KernelDensity:
         broad: StudentT,
         *,
         share: float = 0.1,
-        neighbours: int = 8,
+        neighbours: int = 12,
     ) -> None:
         self.weight, self.broad, self.share = weight, broad, share
         self.white = self._whiten(centres)
+        number, dim = centres.shape
+        identity = torch.eye(dim, dtype=centres.dtype, device=centres.device)
+        k = min(neighbours, number - 1)
+        if k == 0:
+            self.tril = identity.expand(number, dim, dim).clone()
+            return
         distance = torch.cdist(self.white, self.white, compute_mode="donot_use_mm_for_euclid_dist")
-        k = min(neighbours + 1, len(centres))
-        kth = distance.kthvalue(k, dim=1).values
-        self.bandwidth = torch.where(kth > 0, kth, 1.0)
+        nearest = distance.topk(k + 1, largest=False).indices[:, 1:]
+        gap = self.white[nearest] - self.white.unsqueeze(1)
+        outer = gap.mT @ gap * ((dim + 2) / (2 * k))
+        mean = outer.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-24)[:, None, None]
+        shrink = dim / (dim + k)
+        self.tril = torch.linalg.cholesky((1 - shrink) * outer + shrink * mean * identity)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that make the same density again."""
@@ -229,7 +240,7 @@ class KernelDensity:
         return {
             "white": self.white,
             "weight": self.weight,
-            "bandwidth": self.bandwidth,
+            "tril": self.tril,
             "loc": broad.loc,
             "scale_tril": broad.scale_tril,
             "df": broad.df,
@@ -244,8 +255,8 @@ class KernelDensity:
             state["loc"].to(device), state["scale_tril"].to(device), state["df"]
         )
         density.share = state["share"]
-        density.white, density.weight, density.bandwidth = (
-            state[key].to(device) for key in ("white", "weight", "bandwidth")
+        density.white, density.weight, density.tril = (
+            state[key].to(device) for key in ("white", "weight", "tril")
         )
         return density
 
@@ -265,23 +276,28 @@ class KernelDensity:
             device=white.device,
             generator=generator,
         )
-        z = white[index] + self.bandwidth[index, None] * noise
+        stretch = _stretch(len(index), _TAIL, noise, generator)
+        z = white[index] + (self.tril[index] @ noise.unsqueeze(-1)).squeeze(-1) * stretch
         near = self.broad.loc + z @ self.broad.scale_tril.mT
         return torch.cat([near, self.broad.sample(num_broad, generator)])
 
     def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
         """Log-density, by all kernels."""
         dim = x.shape[-1]
-        inverse = self.bandwidth.reciprocal()
-        offset = -dim * (self.bandwidth.log() + 0.5 * math.log(2 * math.pi))
-        offset = offset - self.broad.scale_tril.diagonal().log().sum() + self.weight.log()
+        identity = torch.eye(dim, dtype=x.dtype, device=x.device).expand_as(self.tril)
+        inverse = torch.linalg.solve_triangular(self.tril, identity, upper=False)
+        centred = (inverse @ self.white.unsqueeze(-1)).squeeze(-1)
+        log_det = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        half, constant = _student_constants(dim, _TAIL)
+        offset = self.weight.log() - log_det + constant
+        offset = offset - self.broad.scale_tril.diagonal().log().sum()
         pieces = []
-        for piece in self._whiten(x).split(max(1, 250_000 // len(inverse))):
-            square = torch.zeros(len(piece), len(inverse), dtype=x.dtype, device=x.device)
+        for piece in self._whiten(x).split(max(1, 250_000 // len(offset))):
+            exponent = torch.zeros(len(piece), len(offset), dtype=x.dtype, device=x.device)
             for axis in range(dim):
-                gap = (piece[:, axis, None] - self.white[:, axis]) * inverse
-                square.addcmul_(gap, gap)
-            pieces.append(torch.logsumexp(offset - 0.5 * square, -1))
+                gap = torch.addmm(-centred[:, axis], piece, inverse[:, axis].mT)
+                exponent.addcmul_(gap, gap, value=1 / _TAIL)
+            pieces.append(torch.logsumexp(exponent.log1p_().mul_(-half).add_(offset), -1))
         near = torch.cat(pieces) + math.log1p(-self.share)
         return torch.logaddexp(near, self.broad.log_prob(x) + math.log(self.share))
 
@@ -327,18 +343,18 @@ def search(
     stage = max(64, min(4096, evaluations // 12))
     proposal, found, beta = finder.bracket(stage, evaluations // 2, centre, scale)
     enough = max(24.0, 4.0 * dim)
-    if beta == 1.0 and dim <= 12:
+    if dim <= 12:
         left = max(0, evaluations - finder.spent)
         rounds = min(_ROUNDS, left // 128)  # a budget of a few hundred allows fewer
         kernels, tried = finder.kernels(
-            proposal, found, rounds, min(32_768, left // max(1, rounds))
+            proposal, found, beta, rounds, min(32_768, left // max(1, rounds))
         )
         # The last round tells what a bank would be worth, before anything is spent on it.
         share = float(tried.ess(1.0)) / tried.energy.numel()
         if share * bank_size >= max(enough, 0.02 * bank_size) or draw_context is not None:
             return finder.bank(kernels, bank_size, rows)
     if draw_context is not None:
-        return finder.bank(finder.density(found, proposal, share=0.3), bank_size, rows)
+        return finder.bank(finder.density(found, beta, proposal, share=0.3), bank_size, rows)
     return finder.chains(proposal, found, beta, evaluations - finder.spent + bank_size)
 
 
@@ -509,10 +525,16 @@ class _Finder:
         return StudentT(loc, scale_tril * math.sqrt(1.2))
 
     def density(
-        self, found: _Weighted, broad: StudentT, *, share: float = 0.1, most: int = 1000
+        self,
+        found: _Weighted,
+        beta: float,
+        broad: StudentT,
+        *,
+        share: float = 0.1,
+        most: int = 1000,
     ) -> KernelDensity:
-        """Kernels around points resampled by their weights."""
-        weight = found.normalised(1.0).reshape(-1)
+        """Kernels around points resampled by their weights at beta."""
+        weight = found.normalised(beta).reshape(-1)
         count = int(min(most, max(16, 1.5 * float(1 / weight.square().sum()))))
         points = found.x.reshape(-1, self.dim)
         cumulative = cumulative_weight(points, weight.log())
@@ -521,19 +543,24 @@ class _Finder:
         return KernelDensity(points[chosen], copies.to(weight) / count, broad, share=share)
 
     def kernels(
-        self, proposal: StudentT, found: _Weighted, rounds: int, share: int
+        self, proposal: StudentT, found: _Weighted, beta: float, rounds: int, share: int
     ) -> tuple[KernelDensity, _Weighted]:
-        """Stage 2: rounds of kernels around resampled points, and the points of the last one."""
+        """Stage 2: rounds of kernels around resampled points, and the points of the last one.
+
+        Like the bracket they go on towards beta = 1 as far as the points allow: kernels follow
+        shapes that no single law fits.
+        """
         rows = self._rows(share)
         size = share - share % rows
         for i in range(rounds):
             self._note(f"kernels {i + 1}/{rounds}")
-            density = self.density(found, proposal, share=0.3 if i == 0 else 0.1)
+            density = self.density(found, beta, proposal, share=0.3 if i == 0 else 0.1)
             x = density.sample(size, self.generator)
             found, _ = self._evaluated(x, density.log_prob(x), rows)
-            proposal = self._fit(found, 1.0)
+            beta = _largest_beta(found, min(0.1 * size, max(32.0, 4.0 * self.dim)))
+            proposal = self._fit(found, beta)
         wide = StudentT(proposal.loc, proposal.scale_tril * 1.2)
-        return self.density(found, wide, most=1500), found
+        return self.density(found, beta, wide, most=1500), found
 
     def bank(self, density: KernelDensity, size: int, rows: int) -> Bank:
         """Stage 3: the bank."""

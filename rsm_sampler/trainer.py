@@ -398,10 +398,11 @@ class EnergyDiffusionTrainer:
             self.config.num_steps,
             self.architecture,
             self.seed,
-            self.energy,
+            MeteredEnergy(self.energy.energy, self.dim, context_dim=self.context_dim),
             {}
             if bank is None
             else {
+                "budget": self.energy.budget,
                 "log_z": bank.log_z,
                 "log_z_se": bank.log_z_se,
                 "ess": bank.ess,
@@ -418,7 +419,7 @@ class EnergyDiffusionTrainer:
         if self.samples is not None:
             bank = Bank.of_samples(self.bounds.inverse(self.samples.to(self.device).double()))
         else:
-            reserve = 2 * self._check_size()
+            reserve = self.config.max_cycles * self._check_size()
             search_size, bank_size = self.config.search_evaluations, self.config.bank_size
             if self.energy.budget is not None and self.energy.remaining is not None:
                 free = max(256, self.energy.remaining - reserve)
@@ -601,7 +602,9 @@ class EnergyDiffusionTrainer:
             own = sampler.generator
             context = None if self.draw_context is None else self._contexts(size, own)
             try:
-                draws = sampler.weighted_draws(size, context=context, purpose="check")
+                draws = sampler.weighted_draws(
+                    size, energy=self.energy, context=context, purpose="check"
+                )
                 self.energy.check(draws.x)
                 log_weight = draws.log_weight.double()
                 record["log_z"] = float(torch.logsumexp(log_weight, 0)) - math.log(size)

@@ -1,0 +1,580 @@
+"""The trainer: end to end in small, to the bit where that is promised, and its error messages."""
+
+import math
+import traceback
+
+import pytest
+import torch
+from scipy import stats
+
+from energies import ConditionalMixture, GaussianMixture
+from rsm_sampler import (
+    CheckpointError,
+    EnergyDiffusionTrainer,
+    EnergyError,
+    MemoryLogger,
+    TrainerConfig,
+)
+from rsm_sampler.proposals import GaussianProposal
+
+TINY = {"search_evaluations": 3000, "bank_size": 2000, "steps_per_cycle": 250, "max_cycles": 2,
+        "batch_size": 64, "check_draws": 128, "num_steps": 8, "width": 16, "depth": 2,
+        "frequencies": 4, "target_ess": 1.0}  # fmt: skip
+
+
+def tiny(**options):
+    return TrainerConfig(**(TINY | options))
+
+
+def two_modes():
+    return GaussianMixture(torch.tensor([[3.0, 3.0], [-3.0, -3.0]]), 1.0, weights=[0.8, 0.2])
+
+
+def normal(x):
+    return x.square().sum(-1) / 2
+
+
+def fit(trainer, **options):
+    return trainer.fit(progress=False, **options)
+
+
+def weights(sampler):
+    return torch.cat([value.double().reshape(-1) for value in sampler.state()["network"].values()])
+
+
+def same(first, second):
+    """Weights, draws, coordinates, counts and history are equal, but for the time it took."""
+    assert torch.equal(weights(first), weights(second))
+    assert torch.equal(first.affine.scale_tril, second.affine.scale_tril)
+    generators = (torch.Generator().manual_seed(0) for _ in range(2))
+    x, y = (s.sample(20, generator=g) for s, g in zip((first, second), generators, strict=True))
+    assert torch.equal(x, y)
+    plain = [
+        [{k: v for k, v in record.items() if k != "seconds"} for record in s.history]
+        for s in (first, second)
+    ]
+    assert str(plain[0]) == str(plain[1])  # NaN included
+    assert first.counts == second.counts
+
+
+# End to end
+
+
+def test_a_short_training_finds_the_mixture():
+    """One cycle of 500 steps at width 32: weights within 0.05, means within 0.15, log Z 0.02."""
+    target = two_modes()
+    config = tiny(search_evaluations=20_000, bank_size=40_000, steps_per_cycle=500, max_cycles=1,
+                  batch_size=512, check_draws=1024, num_steps=24, width=32,
+                  frequencies=16)  # fmt: skip
+    trainer = EnergyDiffusionTrainer(target, 2, config=config)
+    sampler = fit(trainer)
+    x = sampler.sample(20_000)
+    share = target.responsibilities(x.double())
+    assert share.mean(0).tolist() == pytest.approx([0.8, 0.2], abs=0.05)
+    means = (share.unsqueeze(-1) * x.unsqueeze(1)).sum(0) / share.sum(0).unsqueeze(-1)
+    torch.testing.assert_close(means, target.loc, atol=0.15, rtol=0)
+    (record,) = sampler.history
+    assert record["step"] == 500
+    assert record["ess"] > 0.7
+    assert abs(record["log_z"]) < 0.02
+    assert record["evaluations"] == trainer.evaluations
+    assert sampler.counts["check"] == 1024
+    assert sampler.counts["search"] <= 60_000
+    assert sampler.search["method"] == "bank"
+    assert abs(sampler.search["log_z"]) <= 5 * sampler.search["log_z_se"]
+
+
+def test_the_same_seed_gives_the_same_bits():
+    first, again = (fit(EnergyDiffusionTrainer(two_modes(), 2, config=tiny())) for _ in range(2))
+    same(first, again)
+    other = fit(EnergyDiffusionTrainer(two_modes(), 2, seed=1, config=tiny()))
+    assert not torch.equal(weights(first), weights(other))
+
+
+def test_the_global_generator_is_neither_read_nor_moved():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = fit(EnergyDiffusionTrainer(normal, 2, config=tiny()))
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    same(first, fit(EnergyDiffusionTrainer(normal, 2, config=tiny())))
+
+
+def test_the_energy_is_never_differentiated():
+    """Values without a graph, from points that ask for none, train to the same bits."""
+
+    class ValuesOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return normal(x)
+
+        @staticmethod
+        def backward(ctx, *gradient):
+            raise AssertionError("a gradient was asked for")
+
+    def energy(x):
+        assert not x.requires_grad
+        return ValuesOnly.apply(x)
+
+    plain = fit(EnergyDiffusionTrainer(normal, 2, config=tiny(max_cycles=1)))
+    same(plain, fit(EnergyDiffusionTrainer(energy, 2, config=tiny(max_cycles=1))))
+    same(plain, fit(EnergyDiffusionTrainer(lambda x: normal(x).detach(), 2,
+                                           config=tiny(max_cycles=1))))  # fmt: skip
+
+
+def test_energies_see_single_precision_and_may_answer_in_double():
+    seen = set()
+
+    def energy(x):
+        seen.add(x.dtype)
+        return normal(x.double())
+
+    sampler = fit(EnergyDiffusionTrainer(energy, 2, config=tiny(max_cycles=1)))
+    assert seen == {torch.float32}
+    assert sampler.sample(3).dtype == torch.float32
+    assert sampler.log_prob(torch.zeros(3, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("budget", [500, 1000, 5000, 20_000])
+@pytest.mark.parametrize("dim", [1, 2, 14])
+def test_budgets_hold(budget, dim):
+    trainer = EnergyDiffusionTrainer(normal, dim, budget=budget, config=tiny(steps_per_cycle=20))
+    sampler = fit(trainer)
+    assert trainer.evaluations == sum(sampler.counts.values()) <= budget
+    assert sampler.counts.keys() == {"search", "check"}
+    assert len(sampler.history) == 2
+
+
+def test_training_steps_evaluate_nothing_and_checks_their_draws():
+    seen = []
+    config = tiny(max_cycles=2)
+    trainer = EnergyDiffusionTrainer(normal, 2, config=config)
+    sampler = fit(trainer, callback=lambda progress: seen.append(progress.evaluations))
+    searched = sampler.counts["search"]
+    assert seen[:3] == [searched] * 3  # steps 100, 200, 250
+    assert seen[3:] == [searched + 128] * 5  # 300, 400, 500, 600, 625
+    assert trainer.evaluations == searched + 2 * 128
+
+
+def test_convergence_ends_the_training():
+    trainer = EnergyDiffusionTrainer(normal, 1, config=tiny(target_ess=0.2, max_cycles=9))
+    sampler = fit(trainer)
+    assert trainer.converged
+    assert len(sampler.history) == 1
+    same(sampler, fit(trainer))  # nothing more to do
+
+
+# Interruptions
+
+
+class Interrupt:
+    """A callback that raises at a step, once."""
+
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def __call__(self, progress):
+        if progress.step == self.step:
+            raise self.error
+
+
+@pytest.mark.parametrize("step", [100, 200, 300, 500])
+@pytest.mark.parametrize("how", ["Ctrl-C", "exception", "stop"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, how, step):
+    """Steps 100 and 200 lie in the first cycle, 300 and 500 in the second."""
+    path = tmp_path / "run.pt"
+    whole = fit(EnergyDiffusionTrainer(two_modes(), 2, config=tiny()))
+    first = EnergyDiffusionTrainer(two_modes(), 2, config=tiny())
+    if how == "Ctrl-C":
+        partial = fit(first, checkpoint_path=path, callback=Interrupt(step, KeyboardInterrupt()))
+        assert partial.sample(5).isfinite().all()
+    elif how == "stop":
+        fit(first, checkpoint_path=path, callback=lambda progress: progress.step == step)
+    else:
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            fit(first, checkpoint_path=path, callback=Interrupt(step, ZeroDivisionError("mine")))
+    assert first.step == step
+    second = EnergyDiffusionTrainer(two_modes(), 2, config=tiny())
+    steps = []
+    resumed = fit(second, checkpoint_path=path, callback=lambda p: steps.append(p.step))
+    assert steps[0] == min(s for s in (100, 200, 250, 300, 400, 500, 600, 625) if s > step)
+    same(whole, resumed)
+    # The trainer that was interrupted can itself go on, too.
+    same(whole, fit(first))
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    path = tmp_path / "run.pt"
+    whole = fit(EnergyDiffusionTrainer(normal, 2, config=tiny()), checkpoint_path=path)
+    trainer = EnergyDiffusionTrainer(normal, 2, config=tiny())
+    same(whole, fit(trainer, checkpoint_path=path))
+    longer = fit(EnergyDiffusionTrainer(normal, 2, config=tiny()), max_cycles=3)
+    again = EnergyDiffusionTrainer(normal, 2, config=tiny())
+    same(longer, fit(again, checkpoint_path=path, max_cycles=3))
+
+
+def test_ctrl_c_during_the_search_is_not_swallowed(tmp_path):
+    def energy(x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(EnergyDiffusionTrainer(energy, 2, config=tiny()), checkpoint_path=tmp_path / "run.pt")
+    assert not (tmp_path / "run.pt").exists()
+
+
+class Fragile:
+    """An energy that raises once at its n-th call."""
+
+    def __init__(self, call):
+        self.left = call
+
+    def __call__(self, x):
+        self.left -= 1
+        if self.left == 0:
+            raise OSError("the simulator is down")
+        return normal(x)
+
+
+def calls_of(make):
+    """How many calls a whole run makes."""
+    counter = Fragile(0)
+    fit(make(counter))
+    return -counter.left
+
+
+def by_reverse_sampling(energy, **options):
+    """A trainer whose steps evaluate the energy."""
+    config = tiny(steps_per_cycle=30, num_draws=8, **options)
+    proposal = GaussianProposal(torch.zeros(2), 1.0)
+    return EnergyDiffusionTrainer(
+        energy, 2, loss="reverse-sampling", proposal=proposal, config=config
+    )
+
+
+@pytest.mark.parametrize("where", ["a step", "a check"])
+def test_an_energy_that_raises_leaves_its_traceback_and_a_checkpoint(tmp_path, where):
+    """The user's own exception; the run then goes on to the bits of one that never failed."""
+    path = tmp_path / "run.pt"
+    whole = fit(by_reverse_sampling(normal))
+    steps = 30 + 45
+    search = calls_of(by_reverse_sampling) - steps - 2
+    call = search + (17 if where == "a step" else 31)
+    trainer = by_reverse_sampling(Fragile(call))
+    with pytest.raises(OSError, match="the simulator is down") as caught:
+        fit(trainer, checkpoint_path=path)
+    assert "raise OSError" in traceback.format_exc() or any(
+        frame.name == "__call__" and "OSError" in (frame.line or "")
+        for frame in traceback.extract_tb(caught.tb)
+    )
+    assert trainer.step == (16 if where == "a step" else 30)
+    resumed = fit(by_reverse_sampling(normal), checkpoint_path=path)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert len(resumed.history) == 2
+
+
+def test_an_energy_that_raises_in_the_search_raises_the_users_error():
+    with pytest.raises(OSError, match="the simulator is down"):
+        fit(EnergyDiffusionTrainer(Fragile(3), 2, config=tiny()))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    fit(EnergyDiffusionTrainer(normal, 2, config=tiny()), checkpoint_path=path)
+    for options in ({"seed": 1}, {"config": tiny(width=8)}, {"config": tiny(learning_rate=1e-3)}):
+        trainer = EnergyDiffusionTrainer(normal, 2, **({"config": tiny()} | options))
+        with pytest.raises(CheckpointError, match="checkpoint must be of this trainer, with"):
+            fit(trainer, checkpoint_path=path)
+    with pytest.raises(CheckpointError, match="expected 'trainer'"):
+        sampler = tmp_path / "sampler.pt"
+        fit(EnergyDiffusionTrainer(normal, 2, config=tiny(max_cycles=1))).save(sampler)
+        fit(EnergyDiffusionTrainer(normal, 2, config=tiny()), checkpoint_path=sampler)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        fit(EnergyDiffusionTrainer(normal, 2, config=tiny()), checkpoint_path=path)
+
+
+# Going on
+
+
+def test_a_larger_budget_makes_a_larger_bank():
+    config = tiny(bank_size=20_000, search_evaluations=20_000, max_cycles=1)
+    trainer = EnergyDiffusionTrainer(normal, 2, budget=4000, config=config)
+    fit(trainer)
+    small, spent = trainer.bank.points.shape[1], trainer.evaluations
+    sampler = fit(trainer, budget=12_000)
+    assert spent <= 4000 < trainer.evaluations <= 12_000
+    assert trainer.bank.points.shape[1] > 2 * small
+    assert len(sampler.history) == 2  # the larger bank is worth another cycle
+    assert abs(trainer.bank.log_z - math.log(2 * math.pi)) <= 5 * trainer.bank.log_z_se
+
+
+def test_a_warm_start_begins_where_the_other_ended():
+    shifted = GaussianMixture(torch.tensor([[500.0, 500.0]]), 2.0)
+    sampler = fit(EnergyDiffusionTrainer(shifted, 2, config=tiny(max_cycles=1)))
+    trainer = EnergyDiffusionTrainer(shifted, 2, warm_start=sampler, seed=3, config=tiny())
+    assert torch.equal(weights(sampler), weights(trainer.sampler()))
+    torch.testing.assert_close(trainer.centre, sampler.affine.loc)
+    assert trainer.scale == pytest.approx(2.0, rel=0.3)
+    warm = fit(trainer)
+    assert warm.history[-1]["ess"] > 0.5
+
+
+@pytest.mark.bad_input
+def test_a_warm_start_of_another_architecture_is_refused():
+    sampler = fit(EnergyDiffusionTrainer(normal, 2, config=tiny(max_cycles=1)))
+    with pytest.raises(ValueError, match=r"warm_start must have this trainer's architecture"):
+        EnergyDiffusionTrainer(normal, 2, warm_start=sampler, config=tiny(width=8))
+
+
+def test_a_callback_and_a_logger_see_the_run():
+    logger, seen = MemoryLogger(), []
+    trainer = EnergyDiffusionTrainer(normal, 2, config=tiny())
+    sampler = fit(trainer, logger=logger, callback=seen.append)
+    assert [p.step for p in seen] == [100, 200, 250, 300, 400, 500, 600, 625]
+    assert [p.cycle for p in seen] == [0] * 3 + [1] * 5
+    assert all(math.isfinite(p.loss) and p.seconds > 0 for p in seen)
+    assert all(math.isnan(p.ess) for p in seen[:3])
+    assert seen[-1].ess == sampler.history[0]["ess"]
+    steps, losses = logger.column("loss")
+    assert steps == [p.step for p in seen]
+    assert losses == [p.loss for p in seen]
+    assert logger.column("log_z")[0] == [250, 625]
+    assert logger.column("ess")[1] == [record["ess"] for record in sampler.history]
+
+
+# Other targets, other data
+
+
+def test_energies_that_cannot_be_sampled_are_refused():
+    with pytest.raises(EnergyError, match="cannot be normalised"):
+        fit(EnergyDiffusionTrainer(lambda x: -normal(x), 2, config=tiny()))
+    with pytest.raises(EnergyError, match=r"NaN or inf at all \d+ points"):
+        fit(EnergyDiffusionTrainer(lambda x: x[:, 0] * math.nan, 2, config=tiny()))
+    with pytest.raises(EnergyError, match="one value per point"):
+        fit(EnergyDiffusionTrainer(lambda x: x, 2, config=tiny()))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "law"),
+    [
+        ((0.0, math.inf), stats.truncnorm(0, math.inf)),
+        ((-math.inf, 0.5), stats.truncnorm(-math.inf, 0.5)),
+        ((-0.5, 2.0), stats.truncnorm(-0.5, 2.0)),
+    ],
+    ids=["lower", "upper", "both"],
+)
+def test_bounded_coordinates(bounds, law):
+    """A truncated normal: log Z exact by weights, KS within the DKW band and a model error.
+
+    False alarm 1e-6; the model error, 0.04 after 500 short steps, is a stated allowance.
+    """
+    config = tiny(search_evaluations=10_000, bank_size=20_000, steps_per_cycle=500, max_cycles=1,
+                  batch_size=256, check_draws=2048, num_steps=24, width=32)  # fmt: skip
+    trainer = EnergyDiffusionTrainer(normal, 1, bounds=bounds, config=config)
+    sampler = fit(trainer)
+    n = 10_000
+    x = sampler.sample(n)
+    assert (x >= bounds[0]).all()
+    assert (x <= bounds[1]).all()
+    band = math.sqrt(math.log(2 / 1e-6) / (2 * n))
+    assert stats.kstest(x[:, 0].numpy(), law.cdf).statistic <= band + 0.04
+    mass = stats.norm.cdf(bounds[1]) - stats.norm.cdf(bounds[0])
+    exact = math.log(mass) + 0.5 * math.log(2 * math.pi)
+    assert abs(trainer.bank.log_z - exact) <= 5 * trainer.bank.log_z_se
+    record = sampler.history[0]
+    se = math.sqrt((1 / record["ess"] - 1) / 2048)
+    assert abs(record["log_z"] - exact) <= 5 * se + 1e-4
+    grid = torch.linspace(*law.ppf([0.001, 0.999]).tolist(), 400)[:, None]
+    density = sampler.log_prob(grid).exp()
+    mass = float(torch.trapezoid(density, grid[:, 0]))
+    assert mass == pytest.approx(0.998, abs=0.03)
+
+
+def test_contexts_train_one_amortised_sampler():
+    """Posterior means of two contexts, within 5 standard errors and 0.4 of model error."""
+    mix = ConditionalMixture.line()
+    config = tiny(search_evaluations=20_000, bank_size=40_000, bank_contexts=256, max_cycles=1,
+                  steps_per_cycle=500, batch_size=256, width=32, check_draws=1024)  # fmt: skip
+    trainer = EnergyDiffusionTrainer(
+        mix, 1, context_dim=1, context=lambda n, g: mix.sample_context(n, g), config=config
+    )
+    sampler = fit(trainer)
+    assert trainer.bank.context.shape == (256, 1)
+    for value in (-3.0, 2.0):
+        law = mix.posterior(torch.tensor([value]))
+        x = sampler.sample(5000, context=[value])
+        error = abs(float(x.mean()) - float(law.mean))
+        assert error <= 5 * float(law.covariance.sqrt()) / math.sqrt(5000) + 0.4
+    assert sampler.history[0]["ess"] > 0.3
+
+
+def test_a_conditional_run_resumes_to_the_same_bits(tmp_path):
+    mix = ConditionalMixture.line()
+
+    def make():
+        return EnergyDiffusionTrainer(
+            mix, 1, context_dim=1, context=lambda n, g: mix.sample_context(n, g),
+            config=tiny(bank_contexts=8),
+        )  # fmt: skip
+
+    whole = fit(make())
+    path = tmp_path / "run.pt"
+    fit(make(), checkpoint_path=path, callback=Interrupt(300, KeyboardInterrupt()))
+    resumed = fit(make(), checkpoint_path=path)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert str([r["ess"] for r in whole.history]) == str([r["ess"] for r in resumed.history])
+
+
+def test_contexts_of_the_wrong_shape_are_refused():
+    def make(context):
+        return EnergyDiffusionTrainer(lambda x, c: normal(x - c), 1, context_dim=1,
+                                      context=context, config=tiny())  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"context must return shape \(\d+, 1\), got \(\d+,\)"):
+        fit(make(lambda n, generator: torch.zeros(n)))
+    with pytest.raises(ValueError, match=r"context must return shape \(\d+, 1\), got \(3, 1\)"):
+        fit(make(lambda n, generator: torch.zeros(3, 1)))
+    with pytest.raises(ValueError, match=r"context must return shape \(\d+, 1\), got .*list"):
+        fit(make(lambda n, generator: [0.0] * n))
+
+
+def test_training_on_samples_searches_nothing():
+    """Loss (9) on exact draws: the energy serves the check alone."""
+    target = two_modes()
+    samples = target.sample((5000,), generator=torch.Generator().manual_seed(0))
+    trainer = EnergyDiffusionTrainer(target, 2, samples=samples, config=tiny(max_cycles=1))
+    sampler = fit(trainer)
+    assert sampler.counts == {"check": 128}
+    assert sampler.search["method"] == "samples"
+    assert math.isnan(sampler.search["log_z"])
+    torch.testing.assert_close(sampler.affine.loc, samples.double().mean(0))
+    bounded = EnergyDiffusionTrainer(
+        normal, 1, samples=torch.rand(100, 1) + 0.1, bounds=(0.0, 2.0), config=tiny(max_cycles=1)
+    )
+    x = fit(bounded).sample(100)
+    assert (x >= 0).all()
+    assert (x <= 2).all()
+
+
+def test_reverse_sampling_counts_k_evaluations_and_one_network_call_per_point(monkeypatch):
+    config = tiny(max_cycles=1, steps_per_cycle=10, batch_size=32, num_draws=16)
+    proposal = GaussianProposal(torch.zeros(2), 1.0)
+    trainer = EnergyDiffusionTrainer(
+        normal, 2, loss="reverse-sampling", proposal=proposal, config=config
+    )
+    points = []
+    trainer.denoiser.register_forward_hook(
+        lambda module, arguments, output: points.append(output.numel() // 2)
+    )
+    sampler = fit(trainer)
+    assert sampler.counts["training"] == 10 * 32 * 16
+    assert points == [32] * 10
+
+
+def test_reverse_sampling_learns():
+    """A shifted normal in 400 steps: half of the effective sample size."""
+    config = tiny(max_cycles=1, steps_per_cycle=400, batch_size=256, num_draws=32, num_steps=16)
+    proposal = GaussianProposal(torch.zeros(2), 1.2)
+    trainer = EnergyDiffusionTrainer(
+        two_modes(), 2, loss="reverse-sampling", proposal=proposal, config=config
+    )
+    assert fit(trainer).history[0]["ess"] > 0.5
+
+
+def test_reverse_sampling_ends_with_its_budget():
+    trainer = by_reverse_sampling(normal, batch_size=20)
+    trainer.energy.budget = 8000
+    sampler = fit(trainer)
+    assert trainer.evaluations <= 8000
+    assert sampler.counts["training"] > 3000
+    assert sampler.history[-1]["ess"] > 0
+    assert trainer.step < 75
+    more = fit(trainer, budget=12_000)
+    assert 8000 < trainer.evaluations <= 12_000
+    assert more.counts["training"] > sampler.counts["training"]
+
+
+# Bad input
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"context_dim": 1}, "context must be given together with context_dim"),
+        ({"context": lambda n, g: None}, "context must be given together with context_dim"),
+        ({"context_dim": 0, "context": lambda n, g: None}, "context_dim must be at least 1"),
+        ({"loss": "ddpm"}, "loss must be 'mirror-descent' or 'reverse-sampling', got 'ddpm'"),
+        ({"loss": "reverse-sampling"}, "proposal must be given for, and only for"),
+        ({"proposal": GaussianProposal(torch.zeros(2), 1.0)}, "proposal must be given for, and"),
+        ({"loss": "reverse-sampling", "proposal": GaussianProposal(torch.zeros(2), 1.0),
+          "context_dim": 1, "context": lambda n, g: None},
+         "loss must be 'mirror-descent' with contexts"),
+        ({"budget": 0}, "budget must be at least 500 evaluations, got 0"),
+        ({"budget": -5}, "budget must be at least 500 evaluations, got -5"),
+        ({"budget": 499}, "budget must be at least 500 evaluations, got 499"),
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"scale": math.nan}, "scale must be positive, got nan"),
+        ({"centre": [1.0]}, r"centre must have shape \(2,\), got \(1,\)"),
+        ({"samples": torch.zeros(5, 3)}, r"samples must have shape \(n, 2\), got \(5, 3\)"),
+        ({"samples": torch.zeros(5)}, r"samples must have shape \(n, 2\), got \(5,\)"),
+        ({"samples": torch.zeros(1, 2)}, "samples must be at least two finite points"),
+        ({"samples": torch.full((5, 2), math.nan)}, "samples must be at least two finite points"),
+        ({"samples": torch.zeros(5, 2), "bounds": (1.0, 2.0)}, "within the bounds, got 5 others"),
+        ({"bounds": (1.0, 0.0)}, "bounds must have low below high in every coordinate"),
+        ({"bounds": (0.0, 0.0)}, "bounds must have low below high in every coordinate"),
+        ({"bounds": ([0.0, 0.0, 0.0], 1.0)}, "low must be a number or 2 numbers"),
+        ({"bounds": (math.nan, 1.0)}, "low must not be NaN"),
+        ({"device": "abacus"}, "device must be available on this machine, got 'abacus'"),
+        ({"device": "cuda:99"}, "device must be available on this machine, got 'cuda:99'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_at_the_door(options, message):
+    with pytest.raises(ValueError, match=message):
+        EnergyDiffusionTrainer(normal, **({"dim": 2} | options))
+
+
+@pytest.mark.bad_input
+def test_an_energy_must_be_callable_and_of_the_right_dimension():
+    with pytest.raises(TypeError, match="energy must be a callable, got Normal"):
+        EnergyDiffusionTrainer(torch.distributions.Normal(0.0, 1.0), 1)
+    with pytest.raises(ValueError, match="dim must be the energy's own dimension 2, got 3"):
+        EnergyDiffusionTrainer(two_modes(), 3)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("budget", [0, -1, 10])
+def test_fit_refuses_a_budget_that_covers_nothing(budget):
+    trainer = EnergyDiffusionTrainer(normal, 1, config=tiny())
+    with pytest.raises(ValueError, match=f"budget must be at least 500 evaluations, got {budget}"):
+        fit(trainer, budget=budget)
+    assert trainer.evaluations == 0
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "name",
+    ["search_evaluations", "bank_size", "bank_contexts", "steps_per_cycle", "max_cycles",
+     "batch_size", "check_draws", "num_steps", "width", "depth", "num_draws"],
+)  # fmt: skip
+def test_counts_of_the_config_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        TrainerConfig(**{name: 0})
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("name", ["learning_rate", "sigma_min", "reference_scale", "bandwidth"])
+def test_scales_of_the_config_must_be_positive(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive, got"):
+        TrainerConfig(**{name: value})
+
+
+@pytest.mark.bad_input
+def test_noise_levels_and_the_wanted_ess_must_make_sense():
+    with pytest.raises(ValueError, match=r"sigma_max must be above sigma_min 0\.004, got 0\.001"):
+        TrainerConfig(sigma_max=0.001)
+    for value in (0.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"target_ess must be in \(0, 1\], got"):
+            TrainerConfig(target_ess=value)
