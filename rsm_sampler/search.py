@@ -175,8 +175,8 @@ class StudentT:
         dim = len(self.loc)
         z = torch.linalg.solve_triangular(self.scale_tril, (x - self.loc).mT, upper=False)
         half, constant = _student_constants(dim, self.df)
-        constant = constant - self.scale_tril.diagonal().log().sum()
-        return constant - half * torch.log1p(z.square().sum(0) / self.df)
+        log_det = self.scale_tril.diagonal().log().sum()
+        return constant - log_det - half * torch.log1p(z.square().sum(0) / self.df)
 
 
 def _student_constants(dim: int, df: float) -> tuple[float, float]:

@@ -68,6 +68,8 @@ class TrainerConfig:
         bank_contexts: Number of contexts in the bank of a conditional energy.
         steps_per_cycle: Optimiser steps of the first cycle; each later one has half as many again.
         max_cycles: Most cycles.
+        max_epochs: Most passes over the bank, counted by its effective size; more would learn its
+            points by heart.
         batch_size: Noisy points per step.
         learning_rate: Peak learning rate of Adam; it falls to zero over each cycle.
         target_ess: Share of equally weighted draws at which training has converged.
@@ -89,6 +91,7 @@ class TrainerConfig:
     bank_contexts: int = 1024
     steps_per_cycle: int = 4000
     max_cycles: int = 3
+    max_epochs: int = 1000
     batch_size: int = 1024
     learning_rate: float = 4e-3
     target_ess: float = 0.985
@@ -110,6 +113,7 @@ class TrainerConfig:
             "bank_contexts",
             "steps_per_cycle",
             "max_cycles",
+            "max_epochs",
             "batch_size",
             "check_draws",
             "num_steps",
@@ -359,7 +363,8 @@ class EnergyDiffusionTrainer:
                     self._save(path)
                     break
                 self._check(logger, started)
-                self.cycle, self.step_in_cycle = self.cycle + 1, 0
+                if self.step_in_cycle >= self._length():  # not where the budget ended it early
+                    self.cycle, self.step_in_cycle = self.cycle + 1, 0
                 self._save(path)
         except KeyboardInterrupt:
             self._save(path)
@@ -376,9 +381,19 @@ class EnergyDiffusionTrainer:
 
     def _wants_cycle(self, cycles: int) -> bool:
         """Whether a cycle is to be finished, or another one to be begun."""
+        if self._exhausted():
+            return False
         if self.step_in_cycle > 0:
             return True
-        return self.cycle < cycles and not self.converged and not self._exhausted()
+        return self.cycle < cycles and not self.converged and self._length() > 0
+
+    def _length(self) -> int:
+        """Steps of the present cycle; fewer where the bank has been seen often enough."""
+        length = round(self.config.steps_per_cycle * 1.5**self.cycle)
+        if self.loss == "reverse-sampling" or self.bank is None:
+            return length
+        most = max(500, int(self.config.max_epochs * self.bank.ess / self.config.batch_size))
+        return max(0, min(length, most - self.step + self.step_in_cycle))
 
     def _exhausted(self) -> bool:
         """Whether the budget has no room for a step of loss (14) and a check."""
@@ -499,7 +514,7 @@ class EnergyDiffusionTrainer:
     ) -> bool:
         """One cycle; True if a callback asked to stop."""
         config = self.config
-        length = round(config.steps_per_cycle * 1.5**self.cycle)
+        length = self._length()
         bar.reset(length)
         bar.update(self.step_in_cycle)
         bar.set_description_str(f"cycle {self.cycle + 1}")

@@ -48,7 +48,8 @@ def render(results: dict[str, Record]) -> str:
     one = next(iter(results.values()), {}).get("machine", {})
     machine = (
         f"Machine: {one.get('cores')} shared cores ({one.get('processor')}), Python "
-        f"{one.get('python')}, torch {one.get('torch')}; fit times depend on what else it did."
+        f"{one.get('python')}, torch {one.get('torch')}. Other fit times: one thread, "
+        "beside other work."
     )
     parts = [HEAD.format(machine=machine), "## Figures\n"]
     rows: list[list[str]] = []
@@ -131,7 +132,15 @@ def render(results: dict[str, Record]) -> str:
         add(
             title, row, "log Z error", "≤ 0.01", lambda r: r["log_z_error"], lambda v: v <= 0.01, 4
         )
-        add(title, row, "fit, seconds", "≤ 30", lambda r: r["fit_seconds"], lambda v: v <= 30, 1)
+    add(
+        "paper's mixture",
+        "mixture fit time",
+        "fit, seconds (2 threads, nothing else running)",
+        "≤ 30",
+        lambda r: r["fit_seconds"],
+        lambda v: v <= 30,
+        1,
+    )
     for base in ("moons", "rings"):
         name = {"moons": "two moons", "rings": "rings"}[base]
         for title, row in (

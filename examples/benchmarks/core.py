@@ -167,6 +167,11 @@ def row_mixture(seed: int) -> Record:
     return record
 
 
+def row_fit_time(seed: int) -> Record:
+    """How long the paper's mixture takes, with nothing else on the machine."""
+    return fitted(energies.get("paper-mixture"), seed)[1]
+
+
 def row_w2_floor(seed: int) -> Record:
     """The floor of W2, 200 exact pairs."""
     return {"w2": w2_floor(energies.get("paper-mixture"), 200)}
@@ -397,6 +402,7 @@ SHAPES = {"mixture": "paper-mixture", **GRIDS, "gmm40": "gmm40"}
 ROWS: dict[str, tuple[Callable[[int], Record], int]] = {
     "w2 floor": (row_w2_floor, 1),
     "mixture": (row_mixture, 5),
+    "mixture fit time": (row_fit_time, 5),
     **{row: (grid_row(name), 5) for row, name in GRIDS.items()},
     "gmm40": (row_gmm40, 5),
     "black box mixture": (black_box_row("paper-mixture"), 5),
