@@ -41,8 +41,8 @@ class Denoiser(nn.Module):
     """Preconditioned denoiser around a network, in variance-exploding coordinates.
 
     Arguments:
-        network: A function of scaled points (*batch, dim), log noise levels (*batch) and, where
-            one is given, contexts (*batch, context_dim); see :mod:`rsm_sampler.networks`.
+        network: A function of scaled points ``(*batch, dim)``, log noise levels ``(*batch)`` and,
+            where one is given, contexts ``(*batch, context_dim)``; see :mod:`rsm_sampler.networks`.
         sigma_data: Standard deviation of the clean data, per coordinate, in units of x.
 
     Raises:

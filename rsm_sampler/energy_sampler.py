@@ -130,7 +130,7 @@ class EnergySampler:
         method: Method = "heun",
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
-        chunk: int = 16_384,
+        chunk: int = 4096,
     ) -> Float[Tensor, "n dim"]:
         """Independent draws, raw: neither reweighted nor refined.
 

@@ -6,18 +6,18 @@ same :math:`n`. The same name covers different numbers in the literature: transp
 without the root, kernels of unstated bandwidth, histograms that drop what falls outside. So every
 function here says what it computes, computes it in float64, and does not round or clip:
 
-=================================  ====================================================  =========
-function                           value                                                 floor
-=================================  ====================================================  =========
-:func:`wasserstein2`               root of the optimal mean *squared* Euclidean cost     two exact sets
-:func:`sliced_wasserstein2`        root of the mean over directions of 1-D squared cost  two exact sets
-:func:`mmd2`                       *squared* discrepancy, mean of Gaussian kernels       0 (unbiased)
-:func:`total_variation`            half the :math:`\ell_1` distance                      —
-:func:`grid_total_variation`       the same over cells, the outside being one cell       :func:`total_variation_floor`
-:func:`mode_weight_total_variation`  the same over modes                                 :func:`total_variation_floor`
-:func:`ks_per_coordinate`          largest gap between distribution functions            :func:`dkw_band`
-:func:`kl_paired`, :func:`nll`     nats, with a standard error                           0, entropy
-=================================  ====================================================  =========
+===================================  ====================================================  =============================
+function                             value                                                 floor
+===================================  ====================================================  =============================
+:func:`wasserstein2`                 root of the optimal mean *squared* Euclidean cost     two exact sets
+:func:`sliced_wasserstein2`          root of the mean over directions of 1-D squared cost  two exact sets
+:func:`mmd2`                         *squared* discrepancy, mean of Gaussian kernels       0 (unbiased)
+:func:`total_variation`              half the :math:`\ell_1` distance                      —
+:func:`grid_total_variation`         the same over cells, the outside being one cell       :func:`total_variation_floor`
+:func:`mode_weight_total_variation`  the same over modes                                   :func:`total_variation_floor`
+:func:`ks_per_coordinate`            largest gap between distribution functions            :func:`dkw_band`
+:func:`kl_paired`, :func:`nll`       nats, with a standard error                           0, entropy
+===================================  ====================================================  =============================
 
 Quantities averaged over the **model's** samples (:func:`elbo`, reverse effective sample size) cannot
 see a mode that the model never visits. Those averaged over **exact** samples (:func:`eubo`,

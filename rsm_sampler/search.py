@@ -230,7 +230,8 @@ class KernelDensity:
         nearest = distance.topk(k + 1, largest=False).indices[:, 1:]
         gap = self.white[nearest] - self.white.unsqueeze(1)
         outer = gap.mT @ gap * ((dim + 2) / (2 * k))
-        mean = outer.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-24)[:, None, None]
+        mean = outer.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        mean = torch.where(mean > 0, mean, 1.0)  # copies of one point have no neighbourhood
         shrink = dim / (dim + k)
         self.tril = torch.linalg.cholesky((1 - shrink) * outer + shrink * mean * identity)
 

@@ -8,8 +8,17 @@ from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.trainer import Progress
 
 CONFIG = TrainerConfig(
-    search_evaluations=4000, bank_size=4000, steps_per_cycle=220, max_cycles=2, batch_size=64,
-    width=16, depth=2, frequencies=8, check_draws=128, num_steps=8, target_ess=1.0,
+    search_evaluations=4000,
+    bank_size=4000,
+    steps_per_cycle=220,
+    max_cycles=2,
+    batch_size=64,
+    width=16,
+    depth=2,
+    frequencies=8,
+    check_draws=128,
+    num_steps=8,
+    target_ess=1.0,
 )
 
 
