@@ -42,7 +42,8 @@ class Denoiser(nn.Module):
 
     Arguments:
         network: A function of scaled points ``(*batch, dim)``, log noise levels ``(*batch)`` and,
-            where one is given, contexts ``(*batch, context_dim)``; see :mod:`rsm_sampler.networks`.
+            where there are any, contexts ``(*batch, context_dim)``; see
+            :mod:`rsm_sampler.networks`.
         sigma_data: Standard deviation of the clean data, per coordinate, in units of x.
 
     Raises:
