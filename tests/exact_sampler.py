@@ -67,6 +67,7 @@ def sampler_of(denoiser, energy, affine, seed=0, num_steps=32, budget=None, cont
         num_steps,
         {"dim": dim, "context_dim": context_dim},
         seed,
-        MeteredEnergy(energy, dim, context_dim=context_dim, budget=budget),
+        MeteredEnergy(energy, dim, context_dim=context_dim),
+        {"budget": budget},
         draw_context=draw_context,
     )
