@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Diagnosis", "Witness", "diagnose", "pareto_shape"]
 
-_LEAST_ESS = 0.7  # share of equally weighted draws, ODE weights
+_LEAST_ESS = 0.8  # share of equally weighted draws, ODE weights
 _LOG_Z_TOLERANCE = 0.03
 _MASS_TOLERANCE = 0.015
 _DRIFT_TOLERANCE = 0.1  # of the energies' standard deviation
