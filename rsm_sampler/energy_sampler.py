@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EnergySampler", "WeightedDraws"]
 
+Contexts = Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
 Method = Literal["heun", "ddim", "ancestral", "langevin"]
 _KIND, _VERSION = "sampler", 1
 _SAMPLERS: dict[str, type[Sampler]] = {
@@ -91,7 +92,7 @@ class EnergySampler:
         counts: Energy evaluations of search and training, by purpose.
     """
 
-    denoiser: Denoiser
+    denoiser: torch.nn.Module
     affine: Affine
     bounds: Bounds
     schedule: EDM
@@ -126,7 +127,7 @@ class EnergySampler:
         self,
         n: int,
         *,
-        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        context: Contexts = None,
         method: Method = "heun",
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
@@ -169,7 +170,7 @@ class EnergySampler:
         self,
         n: int,
         *,
-        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        context: Contexts = None,
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
@@ -187,7 +188,7 @@ class EnergySampler:
         n: int,
         *,
         energy: MeteredEnergy | None = None,
-        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        context: Contexts = None,
         purpose: str = "diagnosis",
         generator: torch.Generator | None = None,
     ) -> WeightedDraws:
@@ -222,7 +223,7 @@ class EnergySampler:
         x: Float[Tensor, "n dim"],
         *,
         steps: int = 50,
-        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        context: Contexts = None,
         method: Literal["rw", "mala", "hmc"] = "rw",
         generator: torch.Generator | None = None,
     ) -> "RefineResult":
@@ -262,7 +263,7 @@ class EnergySampler:
         self,
         x: Float[Tensor, "n dim"],
         *,
-        context: Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | None = None,
+        context: Contexts = None,
         num_steps: int | None = None,
         with_error: bool = False,
     ) -> Float[Tensor, " n"] | tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
