@@ -9,15 +9,21 @@ scale :math:`\sigma_d` the network F sees inputs and learns outputs of order one
           + \frac{\sigma\,\sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}}\,
           F\Big(\frac{x}{\sqrt{\sigma^2 + \sigma_d^2}}, \log\frac{\sigma}{\sigma_d}\Big),
 
-and :math:`F = 0` is exact for :math:`\mathcal N(0, \sigma_d^2 I)`. The same D gives, by
-Tweedie's formula,
+and :math:`F = 0` is exact for :math:`\mathcal N(0, \sigma_d^2 I)`. For comparison with published
+agents the network may instead predict the noise from the paper's variable
+:math:`\sqrt{\bar\alpha}\, x`,
+
+.. math:: D(x, \sigma) = x - \sigma\, F\Big(\frac{x}{\sqrt{1 + \sigma^2}}, \log\sigma\Big).
+
+The same D gives, by Tweedie's formula,
 
 .. math:: \epsilon(x, \sigma) = \frac{x - D}{\sigma}, \qquad
           \nabla \log p_\sigma(x) = \frac{D - x}{\sigma^2}.
 """
 
+import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float
@@ -26,7 +32,10 @@ from torch import Tensor, nn
 from rsm_sampler.kernels import sigma_column
 from rsm_sampler.networks import shared_level
 
-__all__ = ["Denoiser", "DenoiserFunction"]
+__all__ = ["Denoiser", "DenoiserFunction", "Prediction"]
+
+Prediction = Literal["preconditioned", "noise"]
+"""What a network's output means, the first or the second formula above."""
 
 
 class DenoiserFunction(Protocol):
@@ -45,9 +54,10 @@ class Denoiser(nn.Module):
             where there are any, contexts ``(*batch, context_dim)``; see
             :mod:`rsm_sampler.networks`.
         sigma_data: Standard deviation of the clean data, per coordinate, in units of x.
+        prediction: What the network's output means.
 
     Raises:
-        ValueError: If sigma_data is not positive.
+        ValueError: If sigma_data is not positive, or the prediction is unknown.
 
     References:
         | Elucidating the design space of diffusion-based generative models
@@ -61,13 +71,33 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module | Callable[..., Tensor], sigma_data: float = 1.0
+        self,
+        network: nn.Module | Callable[..., Tensor],
+        sigma_data: float = 1.0,
+        prediction: Prediction = "preconditioned",
     ) -> None:
         super().__init__()
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        if prediction not in get_args(Prediction):
+            raise ValueError(f"prediction must be one of {get_args(Prediction)}, got {prediction!r}")
         self.network = network
         self.sigma_data = sigma_data
+        self.prediction = prediction
+
+    def coefficients(
+        self, sigma: Float[Tensor, "*batch"]
+    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+        r"""The numbers a, b, c of :math:`D = a\,x + b\,F(c\,x, \cdot)` at some noise levels.
+
+        Arguments:
+            sigma: Noise levels, positive, of any shape.
+        """
+        if self.prediction == "noise":
+            return torch.ones_like(sigma), -sigma, (1 + sigma.square()).rsqrt()
+        total = sigma.square() + self.sigma_data**2
+        root = total.sqrt()
+        return self.sigma_data**2 / total, sigma * self.sigma_data / root, 1 / root
 
     def forward(
         self,
@@ -94,17 +124,16 @@ class Denoiser(nn.Module):
             raise ValueError(f"sigma must be positive, got {sigma}")
         batch = x_t.shape[:-1]
         level = shared_level(sigma_column(sigma, x_t).squeeze(-1).expand(batch))
-        total = level.square() + self.sigma_data**2
-        root = total.sqrt().unsqueeze(-1)
-        keep = (self.sigma_data**2 / total).unsqueeze(-1)
-        log_sigma = (level / self.sigma_data).log().expand(batch)
-        scaled = x_t / root
+        keep, gain, shrink = (c.unsqueeze(-1) for c in self.coefficients(level))
+        unit = 1.0 if self.prediction == "noise" else self.sigma_data
+        log_sigma = (level.log() - math.log(unit)).expand(batch)
+        scaled = x_t * shrink
         output = (
             self.network(scaled, log_sigma)
             if context is None
             else self.network(scaled, log_sigma, context)
         )
-        return torch.addcmul(keep * x_t, level.unsqueeze(-1) * self.sigma_data / root, output)
+        return torch.addcmul(keep * x_t, gain, output)
 
     def noise(
         self,

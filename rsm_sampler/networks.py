@@ -13,15 +13,29 @@ measured to matter on energies with fine structure:
 
 A sampler walks with one noise level for the whole batch. What depends on the level alone, two
 fifths of the work at width 128, is then done once; :func:`shared_level` tells.
+
+:class:`EnsembleMLP` is the plain perceptron of the agents, several of them side by side: twin
+critics are one network with two members. Its inputs come in pieces, because many rows share a
+piece: the 64 candidate actions of one state meet the first layer's share of that state once.
+:func:`mish` is its nonlinearity, by one sigmoid instead of a tanh of a logarithm of an exponential:
+
+.. math:: \mathrm{mish}(x) = x \tanh \log(1 + e^x) = x\, \frac{1 - q^2}{1 + q^2}
+          = \frac{2x}{1 + q^2} - x, \qquad q = \frac{1}{1 + e^x} .
+
+With :math:`y = -x` at hand, which a matrix product gives for free, that is
+:math:`y - 2y / (1 + \mathrm{sigmoid}(y)^2)`: four passes over the memory.
 """
 
+import itertools
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["MLP", "shared_level"]
+__all__ = ["MLP", "EnsembleMLP", "mish", "shared_level"]
 
 
 def shared_level(level: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch"]:
@@ -71,6 +85,8 @@ class MLP(nn.Module):
 
     projection: Tensor
     harmonics: Tensor
+    context_loc: Tensor
+    context_scale: Tensor
 
     def __init__(
         self,
@@ -99,6 +115,9 @@ class MLP(nn.Module):
         projection = torch.randn(inputs, frequencies, generator=generator)
         self.register_buffer("projection", projection * bandwidth * math.sqrt(2 / (1 + inputs)))
         self.register_buffer("harmonics", torch.arange(1, 9) * (math.pi / 20))
+        if context_dim:
+            self.register_buffer("context_loc", torch.zeros(context_dim))
+            self.register_buffer("context_scale", torch.ones(context_dim))
         self.embedding = _linear(17, 32, generator)
         self.modulation = _linear(32, 2 * depth * width, generator)
         sizes = [inputs + 2 * frequencies] + [width] * (depth - 1)
@@ -135,7 +154,7 @@ class MLP(nn.Module):
         embedded = nn.functional.silu(self.embedding(embedded))
         scales, shifts = self.modulation(embedded).chunk(2, -1)
         if context is not None:
-            x = torch.cat([x, context], -1)
+            x = torch.cat([x, (context - self.context_loc) / self.context_scale], -1)
         phase = x @ self.projection
         h = torch.cat([x, phase.sin(), phase.cos()], -1)
         pieces = zip(
@@ -148,6 +167,194 @@ class MLP(nn.Module):
             y = nn.functional.silu(torch.addcmul(shift, layer(h), scale))
             h = y if i == 0 else h + y
         return self.output(h)
+
+    def standardise_context(self, context: Float[Tensor, "n context_dim"]) -> None:
+        """Give contexts mean 0 and standard deviation 1 before the first layer sees them.
+
+        Arguments:
+            context: Contexts as they will come. A coordinate that does not vary keeps its scale.
+        """
+        std = context.std(0) if len(context) > 1 else torch.zeros_like(context[0])
+        self.context_loc.copy_(context.mean(0))
+        self.context_scale.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+
+class EnsembleMLP(nn.Module):
+    r"""Perceptrons of one shape side by side, with Mish between the layers.
+
+    Arguments:
+        inputs: Lengths of the pieces of an input.
+        outputs: Length of an output.
+        members: Number of perceptrons; they differ in their initial weights.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers, at least 1.
+        generator: Source of the initial weights, on the CPU.
+
+    Raises:
+        ValueError: If a size is out of range.
+
+    Note:
+        Weights start from a normal law of standard deviation :math:`1 / \sqrt{\text{inputs}}`, cut
+        at twice that, and biases at 0, as in the code published with the paper; a layer's weight
+        has shape (members, inputs, outputs).
+
+    Example:
+        >>> critics = EnsembleMLP([17, 6], 1, members=2, width=32)
+        >>> observation, candidates = torch.randn(5, 1, 17), torch.randn(5, 64, 6)
+        >>> critics(observation, candidates).shape
+        torch.Size([2, 5, 64, 1])
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[int],
+        outputs: int,
+        *,
+        members: int = 1,
+        width: int = 256,
+        depth: int = 3,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"outputs": outputs, "members": members, "width": width, "depth": depth}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not inputs or min(inputs) < 0 or sum(inputs) < 1:
+            raise ValueError(f"inputs must be lengths of at least 0, not all 0, got {inputs}")
+        self.inputs, self.outputs, self.members = tuple(inputs), outputs, members
+        sizes = [sum(inputs), *[width] * depth, outputs]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+            weight, std = torch.empty(members, before, after), 1 / math.sqrt(before)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(members, 1, after)))
+
+    def forward(self, *pieces: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        r"""The outputs of all members.
+
+        Arguments:
+            pieces: The pieces of the inputs, each :math:`(*, n_i)`, whose batch shapes broadcast.
+                What a row shares with others is multiplied once where its batch axis has size 1.
+
+        Returns:
+            The outputs, (members, \*, outputs).
+
+        Raises:
+            ValueError: If the pieces are not those of ``inputs``.
+        """
+        given = tuple(piece.shape[-1] for piece in pieces)
+        if given != self.inputs:
+            raise ValueError(f"pieces must have lengths {self.inputs}, got {given}")
+        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        rows = math.prod(batch)
+        if rows > _CHUNK and not torch.is_grad_enabled() and pieces[0].device.type == "cpu":
+            # What one layer writes the next one finds in the cache.
+            size = max(1, _CHUNK * batch[0] // rows)
+            parts = zip(*(_split(piece, len(batch), size) for piece in pieces), strict=False)
+            return torch.cat([self._forward(*part) for part in parts], 1)
+        return self._forward(*pieces)
+
+    def _forward(self, *pieces: Tensor) -> Tensor:
+        if all(piece.shape == pieces[0].shape[:-1] + piece.shape[-1:] for piece in pieces):
+            x = torch.cat(pieces, -1)
+            flat = x.reshape(1, -1, x.shape[-1]).expand(self.members, -1, -1)
+            y = torch.baddbmm(self.biases[0], flat, self.weights[0], beta=-1, alpha=-1)
+            return self.rest(y.view(self.members, *x.shape[:-1], -1))
+        order = sorted(range(len(pieces)), key=lambda i: pieces[i].shape[:-1].numel())
+        total = self.first(order[0], pieces[order[0]], bias=True)
+        for i in order[1:]:
+            total = total + self.first(i, pieces[i])
+        return self.rest(-total)
+
+    def first(
+        self, index: int, piece: Float[Tensor, "*batch n"], *, bias: bool = False
+    ) -> Float[Tensor, "members *batch width"]:
+        """The share of one piece in what the first hidden layer sees.
+
+        Arguments:
+            index: Which piece.
+            piece: Its values, with any batch shape.
+            bias: Whether to add the layer's bias.
+        """
+        begin = sum(self.inputs[:index])
+        weight = self.weights[0][:, begin : begin + self.inputs[index]]
+        batch, flat = piece.shape[:-1], piece.reshape(1, -1, piece.shape[-1])
+        flat = flat.expand(self.members, -1, -1)
+        y = torch.baddbmm(self.biases[0], flat, weight) if bias else torch.bmm(flat, weight)
+        return y.view(self.members, *batch, -1)
+
+    def rest(self, negated: Float[Tensor, "members *batch width"]) -> Float[Tensor, "..."]:
+        """The outputs, from minus the first hidden layer's input, which may be overwritten."""
+        batch = negated.shape[1:-1]
+        h = _mish_of_minus(negated.reshape(self.members, -1, negated.shape[-1]))
+        for weight, bias in zip(
+            list(self.weights)[1:-1], list(self.biases)[1:-1], strict=True
+        ):
+            h = _mish_of_minus(torch.baddbmm(bias, h, weight, beta=-1, alpha=-1))
+        y = torch.baddbmm(self.biases[-1], h, self.weights[-1])
+        return y.view(self.members, *batch, self.outputs)
+
+
+_CHUNK = 2048  # rows
+
+
+def _split(piece: Tensor, batch_dims: int, size: int) -> Iterable[Tensor]:
+    """A piece cut along the first axis of the whole batch, where it has that axis."""
+    if piece.ndim - 1 == batch_dims and piece.shape[0] > 1:
+        return piece.split(size)
+    return itertools.repeat(piece)
+
+
+def mish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    r"""The activation :math:`x \tanh \log (1 + e^x)`.
+
+    Arguments:
+        x: Values of any shape.
+
+    Returns:
+        The activation, with the shape of x; its gradient too costs one sigmoid.
+
+    References:
+        | Mish: a self regularized non-monotonic activation function (Misra, 2020)
+        | https://arxiv.org/abs/1908.08681
+
+    Example:
+        >>> mish(torch.tensor([-1.0, 1.0, 100.0]))
+        tensor([-0.3034, 0.8651, 100.0000])
+    """
+    return _mish_of_minus(-x)
+
+
+def _mish_of_minus(y: Tensor) -> Tensor:
+    """mish(-y). Without gradients y is overwritten."""
+    if y.is_cuda:
+        return nn.functional.mish(-y)
+    if torch.is_grad_enabled() and y.requires_grad:
+        return _MishOfMinus.apply(y)
+    q = torch.sigmoid(y)
+    q.mul_(q).add_(1.0)
+    return torch.addcdiv(y, y, q, value=-2.0, out=y)
+
+
+class _MishOfMinus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(y)
+        u = torch.sigmoid(y).square_().add_(1.0)
+        return torch.addcdiv(y, y, u, value=-2.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        (y,) = ctx.saved_tensors
+        q = torch.sigmoid(y)
+        square = q.square()
+        u = square + 1
+        # d/dy (y - 2y/u) = 1 - 2/u + 2y u'/u^2 with u' = 2 q^2 (1 - q)
+        slope = torch.addcdiv(square - 1, 4 * y * square * (1 - q), u) / u
+        return gradient * slope
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:

@@ -1,8 +1,12 @@
 r"""From a denoiser to samples, and to the density of the very process that made them.
 
 All samplers walk down a grid of noise levels :math:`\sigma_N > \dots > \sigma_1 > \sigma_0 = 0`
-from :math:`x_N \sim \mathcal N(0, \sigma_N^2 I)`. They differ in one step, in variance-exploding
-coordinates and with :math:`D = D(x_t, \sigma_t)`, :math:`r = \sigma_s / \sigma_t`:
+from :math:`x_N \sim \mathcal N(m, \sigma_N^2 I)`, :math:`m = D(0, \sigma_N)`. The noised law is
+not centred at 0 but at the target's mean, which differs from context to context, and at the
+highest level :math:`D(0, \sigma_N) = \mathbb E[x_0 | x_N = 0]` is nearly that. A start that
+misses it by :math:`\delta` moves mass between modes, in proportion to :math:`\delta / \sigma_N`.
+The samplers differ in one step, in variance-exploding coordinates and with
+:math:`D = D(x_t, \sigma_t)`, :math:`r = \sigma_s / \sigma_t`:
 
 ================== ==========================================================================
 :class:`Ancestral` :math:`x_s = D + r^2 (x_t - D) + \sigma_s\sqrt{1 - r^2}\; z`, equation (8)
@@ -17,7 +21,7 @@ coordinates and with :math:`D = D(x_t, \sigma_t)`, :math:`r = \sigma_s / \sigma_
 any discretisation error. Each step multiplies the Jacobian, which autograd computes exactly, with
 one backward pass for each coordinate (rows of a batch do not mix, so a pass serves all of them):
 
-.. math:: \log q(x_0) = \log \mathcal N(x_N; 0, \sigma_N^2 I)
+.. math:: \log q(x_0) = \log \mathcal N(x_N; m, \sigma_N^2 I)
           - \sum_k \log \Big| \det \frac{\partial x_{k-1}}{\partial x_k} \Big| .
 
 :class:`Ancestral` draws have no tractable density, but the whole path has: with the forward
@@ -44,16 +48,20 @@ __all__ = ["DDIM", "Ancestral", "Heun", "Langevin", "Sampler"]
 
 
 class Sampler(ABC):
-    """The loop shared by all samplers; a subclass adds one step.
+    r"""The loop shared by all samplers; a subclass adds one step.
 
     Arguments:
         denoiser: A function (x_t, sigma) -> E[x_0 | x_t], called with sigma of the batch shape
             (one level, expanded), and with a context where one is given to :meth:`sample`.
             Samples have the precision and device of its first parameter, or of the sigmas where
-            it has none.
+            it has none. One with a true attribute ``by_number`` gets the level as a number.
         sigmas: Decreasing noise levels that end with 0, from
             :meth:`rsm_sampler.schedules.Schedule.sigmas`.
         dim: Length of a point.
+        centred: Whether to start around :math:`D(0, \sigma_N)`, at the price of one more call of
+            the denoiser. Needless where the highest level is hundreds of times the target's scale.
+        start_scale: Factor on the noise of the start. Other values than 1 are for comparison with
+            published code, which starts with half the noise; the law is then not the denoiser's.
 
     Attributes:
         levels: The noise levels as numbers.
@@ -63,7 +71,13 @@ class Sampler(ABC):
     """
 
     def __init__(
-        self, denoiser: Callable[..., Tensor], sigmas: Float[Tensor, " levels"], *, dim: int
+        self,
+        denoiser: Callable[..., Tensor],
+        sigmas: Float[Tensor, " levels"],
+        *,
+        dim: int,
+        centred: bool = True,
+        start_scale: float = 1.0,
     ) -> None:
         if sigmas.dim() != 1 or len(sigmas) < 2 or float(sigmas[-1]) != 0:
             raise ValueError(
@@ -73,10 +87,14 @@ class Sampler(ABC):
             raise ValueError(f"sigmas must be finite and decrease, got {sigmas.tolist()}")
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
+        if not 0 < start_scale < math.inf:
+            raise ValueError(f"start_scale must be positive and finite, got {start_scale}")
         self.denoiser = denoiser
         self.sigmas = sigmas
         self.levels: list[float] = sigmas.double().tolist()
         self.dim = dim
+        self.centred, self.start_scale = centred, start_scale
+        self._by_number = bool(getattr(denoiser, "by_number", False))
 
     @abstractmethod
     def step(
@@ -100,21 +118,29 @@ class Sampler(ABC):
             Points at level sigma_s.
         """
 
-    def start(self, n: int, *, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
-        """Pure noise at the highest level.
+    @torch.no_grad()
+    def start(
+        self,
+        n: int,
+        *,
+        context: Float[Tensor, "n context_dim"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]:
+        r"""Draws of the law at the highest level, :math:`\mathcal N(m, \sigma_N^2 I)`.
 
         Arguments:
             n: Number of draws.
+            context: A context for each.
             generator: Source of randomness, on the denoiser's device.
 
         Returns:
-            The draws, (n, dim).
+            The draws, (n, dim), and the standard normal noise in them, (n, dim).
         """
         parameters = getattr(self.denoiser, "parameters", None)
         first = next(iter(parameters()), None) if callable(parameters) else None
         like = self.sigmas if first is None else first
         noise = torch.randn(n, self.dim, dtype=like.dtype, device=like.device, generator=generator)
-        return noise * self.levels[0]
+        return self._centre(noise, context) + self._start_std * noise, noise
 
     @torch.no_grad()
     def sample(
@@ -140,7 +166,7 @@ class Sampler(ABC):
             ValueError: If n is below 0 or the contexts are not n.
         """
         _check(n, context)
-        x = self.start(n, generator=generator)
+        x, _ = self.start(n, context=context, generator=generator)
         steps = tqdm(self._steps(), disable=not progress, desc="sampling", leave=False)
         for sigma_t, sigma_s in steps:
             x = self.step(x, sigma_t, sigma_s, context, generator)
@@ -149,7 +175,20 @@ class Sampler(ABC):
     def _steps(self) -> list[tuple[float, float]]:
         return list(itertools.pairwise(self.levels))
 
+    @property
+    def _start_std(self) -> float:
+        return self.start_scale * self.levels[0]
+
+    def _centre(self, x: Tensor, context: Tensor | None) -> Tensor | float:
+        """The mean m of the start, for each point or, without a context, for all."""
+        if not self.centred:
+            return 0.0
+        zero = torch.zeros_like(x if context is not None else x[:1])
+        return self._denoise(zero, self.levels[0], context)
+
     def _denoise(self, x: Tensor, sigma: float, context: Tensor | None) -> Tensor:
+        if self._by_number:
+            return self.denoiser(x, sigma) if context is None else self.denoiser(x, sigma, context)
         level = torch.full((1,), sigma, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
         return self.denoiser(x, level) if context is None else self.denoiser(x, level, context)
 
@@ -227,10 +266,9 @@ class Ancestral(Sampler):
         if pilot < 0:
             raise ValueError(f"pilot must be at least 0, got {pilot}")
         variances = self._posterior_variances(pilot, context, generator)
-        x = self.start(n, generator=generator)
-        top = self.levels[0]
-        log_weight = 0.5 * (x / top).square().sum(-1)
-        constant = self.dim * math.log(top)
+        x, noise = self.start(n, context=context, generator=generator)
+        log_weight = 0.5 * noise.square().sum(-1)
+        constant = self.dim * math.log(self._start_std)
         for (sigma_t, sigma_s), variance in zip(self._steps(), variances, strict=True):
             mean, std = self._kernel(x, sigma_t, sigma_s, context)
             width = math.hypot(std, (1 - (sigma_s / sigma_t) ** 2) * math.sqrt(variance))
@@ -308,15 +346,17 @@ class _Flow(Sampler, ABC):
             coarse that they fold space reach some points twice, and count them once.
         """
         _check(n, context, chunk)
-        start = self.start(n, generator=generator)
+        start, noise = self.start(n, context=context, generator=generator)
+        before = _normal_log_prob(noise) - self.dim * math.log(self._start_std)
         pieces = [
-            self._push(x, None if context is None else context[i * chunk : (i + 1) * chunk])
-            for i, x in enumerate(start.split(chunk))
+            self._push(*x, None if context is None else context[i * chunk : (i + 1) * chunk])
+            for i, x in enumerate(zip(start.split(chunk), before.split(chunk), strict=True))
         ]
         return torch.cat([x for x, _ in pieces]), torch.cat([log_prob for _, log_prob in pieces])
 
-    def _push(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_prob = _normal_log_prob(x, self.levels[0])
+    def _push(
+        self, x: Tensor, log_prob: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         for sigma_t, sigma_s in self._steps():
 
             def move(y: Tensor, t: float = sigma_t, s: float = sigma_s) -> Tensor:
@@ -404,7 +444,7 @@ class Heun(_Flow):
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         r"""Log-density at given points by the probability-flow ODE, with an error estimate.
 
-        .. math:: \log p(x_0) = \log \mathcal N(x_N; 0, \sigma_N^2 I)
+        .. math:: \log p(x_0) = \log \mathcal N(x_N; m, \sigma_N^2 I)
                   + \int_0^{\sigma_N} \nabla \cdot \frac{x - D}{\sigma}\, d\sigma,
 
         with the exact divergence, by Heun's method from 0 up the sampler's levels, and again
@@ -465,7 +505,8 @@ class Heun(_Flow):
             width = math.log(high / low) if low > 0 else 1.0
             log_prob = log_prob + 0.5 * width * (stretch + new)
             stretch = new
-        return log_prob + _normal_log_prob(y, rising[-1])
+        noise = (y - self._centre(y, context)) / self._start_std
+        return log_prob + _normal_log_prob(noise) - self.dim * math.log(self._start_std)
 
 
 class Langevin(Sampler):
@@ -491,6 +532,8 @@ class Langevin(Sampler):
         step_size: Step length, in units of the finest scale of the noised law. On that scale the
             stationary variance is too large by a factor of 1 / (1 - step_size**2 / 4).
         sigma_data: Scale of the finest structure of the clean law, in units of x; 0 if unknown.
+        centred: As for every sampler.
+        start_scale: As for every sampler.
 
     Raises:
         ValueError: As for every sampler, or if an argument is out of range.
@@ -508,8 +551,10 @@ class Langevin(Sampler):
         steps_per_level: int = 5,
         step_size: float = 1.0,
         sigma_data: float = 0.0,
+        centred: bool = True,
+        start_scale: float = 1.0,
     ) -> None:
-        super().__init__(denoiser, sigmas, dim=dim)
+        super().__init__(denoiser, sigmas, dim=dim, centred=centred, start_scale=start_scale)
         if steps_per_level < 1:
             raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}")
         if not 0 < step_size < 2:
@@ -555,9 +600,8 @@ def _value_and_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tupl
     return value.detach(), torch.stack(rows, -2)
 
 
-def _normal_log_prob(x: Tensor, sigma: float) -> Tensor:
-    constant = x.shape[-1] * math.log(sigma * math.sqrt(2 * math.pi))
-    return -0.5 * (x / sigma).square().sum(-1) - constant
+def _normal_log_prob(noise: Tensor) -> Tensor:
+    return -0.5 * noise.square().sum(-1) - 0.5 * math.log(2 * math.pi) * noise.shape[-1]
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

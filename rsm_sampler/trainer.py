@@ -278,6 +278,7 @@ class EnergyDiffusionTrainer:
             )
         self.denoiser = Denoiser(MLP(**self.architecture, generator=weights)).to(self.device)
         self.average = Denoiser(MLP(**self.architecture, generator=weights)).to(self.device)
+        self._warm = warm_start is not None
         if warm_start is not None:
             self.denoiser.load_state_dict(warm_start.denoiser.state_dict())
             if self.centre is None:
@@ -458,6 +459,11 @@ class EnergyDiffusionTrainer:
                 report=lambda text: bar.set_description_str(f"search: {text}"),
             )
         self._adopt(bank)
+        if self._bank_context is not None and not self._warm:
+            for denoiser in (self.denoiser, self.average):
+                network = denoiser.network
+                assert isinstance(network, MLP)
+                network.standardise_context(self._bank_context)
 
     def _adopt(self, bank: Bank) -> None:
         self.bank = bank
@@ -615,15 +621,21 @@ class EnergyDiffusionTrainer:
             sampler = self.sampler()
             sampler.generator.manual_seed(self.seed + 7919 * (self.cycle + 2))
             own = sampler.generator
-            context = None if self.draw_context is None else self._contexts(size, own)
+            context = None
+            if self.draw_context is not None:
+                groups = min(64, size // 16)
+                size -= size % groups
+                context = self._contexts(groups, own).repeat_interleave(size // groups, 0)
             try:
                 draws = sampler.weighted_draws(
                     size, energy=self.energy, context=context, purpose="check"
                 )
                 self.energy.check(draws.x)
-                log_weight = draws.log_weight.double()
-                record["log_z"] = float(torch.logsumexp(log_weight, 0)) - math.log(size)
-                record["ess"] = _share(log_weight)
+                # Every context has its own Z: what the record holds are means over contexts.
+                log_weight = draws.log_weight.double().view(1 if context is None else groups, -1)
+                log_z = torch.logsumexp(log_weight, -1) - math.log(log_weight.shape[-1])
+                record["log_z"] = float(log_z.mean())
+                record["ess"] = sum(map(_share, log_weight)) / len(log_weight)
             except BudgetExceededError:
                 pass
         record["evaluations"] = float(self.evaluations)

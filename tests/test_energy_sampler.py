@@ -114,8 +114,8 @@ def test_draws_come_with_the_density_of_the_process_that_made_them(bounds):
     sampler = untrained(dim=1, bounds=bounds)
     x, log_prob = sampler.sample_with_log_prob(4000, generator=rng())
     flow = sampler.process()
-    z_t = flow.start(4000, generator=rng()).double()
-    base = stats.norm(0, flow.levels[0]).logpdf(z_t[:, 0].numpy())
+    z_t, noise = (v.double() for v in flow.start(4000, generator=rng()))
+    base = stats.norm(0, 1).logpdf(noise[:, 0].numpy()) - math.log(flow.levels[0])
     order = z_t[:, 0].argsort()
     u, v, density = z_t[order, 0], x[order, 0].double(), (log_prob.double())[order]
     # d x / d z_t by central differences over neighbours two apart, in the bulk.

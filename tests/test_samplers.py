@@ -73,6 +73,22 @@ def test_draws_follow_the_mixture(kind, steps):
     assert (ks_per_coordinate(x, mixture_cdfs(law)) <= band + 0.005).all()
 
 
+def test_the_start_knows_the_mean_of_the_target():
+    """The share of a mode of an off-centre law, without sampling error: the map is monotone.
+
+    From a start at 0 the share of the right mode would be 0.60 + 0.05.
+    """
+    law = IsotropicMixture([[-1.0], [-5.0]], [0.5, 0.5], [0.6, 0.4])
+    sampler = Heun(law.denoiser, EDM(0.01, 20.0).sigmas(100), dim=1)
+    x, noise = sampler.start(4000, generator=rng())
+    for sigma_t, sigma_s in itertools.pairwise(sampler.levels):
+        x = sampler.step(x, sigma_t, sigma_s)
+    right = x[:, 0] > -3
+    threshold = (noise[right].min() + noise[~right].max()) / 2
+    assert 0 < noise[right].min() - noise[~right].max() < 0.01
+    assert stats.norm.sf(threshold.item()) == pytest.approx(0.6, abs=0.005)
+
+
 @pytest.mark.parametrize("sigma_data", [0.0, 0.6])
 def test_langevin_on_a_gaussian_has_the_law_of_its_recursion(sigma_data):
     """False alarm 1e-6. With an exact normal denoiser every step is linear with known moments."""
@@ -81,7 +97,8 @@ def test_langevin_on_a_gaussian_has_the_law_of_its_recursion(sigma_data):
     levels = EDM(0.05, 10.0).sigmas(40)
     options = {"steps_per_level": 2, "step_size": step, "sigma_data": sigma_data}
     sampler = Langevin(law.denoiser, levels, dim=2, **options)
-    mean, variance = 0.0, levels[0].item() ** 2  # the mean in units of the target's
+    variance = levels[0].item() ** 2
+    mean = variance / (variance + scale**2)  # in units of the target's
     for sigma in levels[:-1].tolist():
         h_square = step**2 * (sigma**2 + sigma_data**2)
         keep = 1 - h_square / 2 / (sigma**2 + scale**2)
@@ -143,7 +160,7 @@ def test_the_chain_in_paper_coordinates_is_equation_8(schedule):
     generator = rng()
     sigma = schedule.sigma(torch.arange(21))
     alpha_bar = schedule.alpha_bar(torch.arange(21))
-    y = variance_preserving(sampler.start(n, generator=generator), sigma[20].expand(n))
+    y = variance_preserving(sampler.start(n, generator=generator)[0], sigma[20].expand(n))
     for t in range(20, 0, -1):
         beta = 1 - alpha_bar[t] / alpha_bar[t - 1]
         ve = variance_exploding(y, sigma[t].expand(n))
@@ -190,7 +207,7 @@ def test_density_is_the_change_of_variables(kind, dim):
     denoiser = learned(dim)
     sampler = kind(denoiser, EDM(0.1, 5.0).sigmas(4), dim=dim)
     x, log_prob = sampler.sample_with_log_prob(6, generator=rng(2))
-    start = sampler.start(6, generator=rng(2))
+    start, noise = sampler.start(6, generator=rng(2))
 
     def whole(point):
         y = point[None]
@@ -200,7 +217,8 @@ def test_density_is_the_change_of_variables(kind, dim):
 
     for i in range(6):
         jacobian = torch.func.jacrev(whole)(start[i])
-        source = torch.distributions.Normal(0.0, sampler.levels[0]).log_prob(start[i]).sum()
+        source = torch.distributions.Normal(0.0, 1.0).log_prob(noise[i]).sum()
+        source = source - dim * math.log(sampler.levels[0])
         torch.testing.assert_close(x[i], whole(start[i]).detach())
         expected = (source - torch.linalg.slogdet(jacobian).logabsdet).detach()
         torch.testing.assert_close(log_prob[i], expected)
@@ -374,14 +392,15 @@ def test_the_path_weight_is_the_ratio_of_the_path_densities():
     x_0, log_weight = sampler.sample_with_path_weight(n, law.energy, generator=rng(), pilot=0)
     generator = rng()
     x_2, z_1, z_0 = (torch.randn(n, 2, generator=generator, dtype=DOUBLE) for _ in range(3))
-    x_2 = 3 * x_2
+    centre = law.denoiser(torch.zeros(1, 2, dtype=DOUBLE), 3.0)
+    x_2 = centre + 3 * x_2
     mean, std = posterior(x_2, law.denoiser(x_2, 3.0), 3.0, 1.0)
     x_1 = mean + std * z_1
     last = law.denoiser(x_1, 1.0)
     torch.testing.assert_close(x_0, last + z_0)
     forward = Normal(x_0, 1.0).log_prob(x_1) + Normal(x_1, math.sqrt(8)).log_prob(x_2)
     reverse = Normal(mean, std).log_prob(x_1) + Normal(last, 1.0).log_prob(x_0)
-    ratio = (forward - reverse - Normal(0.0, 3.0).log_prob(x_2)).sum(-1)
+    ratio = (forward - reverse - Normal(centre, 3.0).log_prob(x_2)).sum(-1)
     torch.testing.assert_close(log_weight, ratio - law.energy(x_0))
 
 
@@ -439,9 +458,9 @@ def test_single_precision_is_close_to_double(kind):
     levels = EDM(0.02, 80.0).sigmas(30)
     double = kind(learned(), levels, dim=2)
     single = kind(learned(dtype=torch.float32), levels, dim=2)
-    start = normal(50, 2) * levels[0]
-    x, log_prob = double._push(start, None)
-    y, approximate = single._push(start.float(), None)
+    start, zero = normal(50, 2) * levels[0], torch.zeros(50, dtype=DOUBLE)
+    x, log_prob = double._push(start, zero, None)
+    y, approximate = single._push(start.float(), zero.float(), None)
     torch.testing.assert_close(y.double(), x, rtol=0, atol=1e-3)
     torch.testing.assert_close(approximate.double(), log_prob, rtol=0, atol=1e-3)
 
@@ -472,10 +491,10 @@ def test_no_value_is_read_back_on_the_way(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "calls"), [(Ancestral, 6), (DDIM, 6), (Heun, 11), (Langevin, 18)]
+    ("kind", "calls"), [(Ancestral, 7), (DDIM, 7), (Heun, 12), (Langevin, 19)]
 )
 def test_denoiser_calls(kind, calls):
-    """One level for the whole batch in each, which the network then embeds once."""
+    """One for the start; one level for the whole batch in each, which is embedded once."""
     seen = []
 
     def denoiser(x_t, sigma):
@@ -485,7 +504,7 @@ def test_denoiser_calls(kind, calls):
     options = {"steps_per_level": 3} if kind is Langevin else {}
     kind(denoiser, EDM(0.1, 5.0).sigmas(6), dim=2, **options).sample(4, generator=rng())
     assert len(seen) == calls
-    assert all(sigma.shape == (4,) and sigma.stride() == (0,) for sigma in seen)
+    assert all(sigma.shape == (4,) and sigma.stride() == (0,) for sigma in seen[1:])
 
 
 def test_the_progress_bar_counts_levels(capsys):

@@ -1,0 +1,224 @@
+r"""A diffusion policy: one network for all states, sampled by the core's ancestral chain.
+
+The policy is the core's :class:`~rsm_sampler.denoisers.Denoiser` with the observation as context,
+at the T noise levels of a discrete schedule, and its actions are the core's
+:class:`~rsm_sampler.samplers.Ancestral` chain over these levels. Two things are particular to
+actions.
+
+**They live in a box.** The denoised action is cut to :math:`[-1, 1]` at every step of the chain
+(its last step returns it, so that actions never leave the box), but not in the losses, whose
+gradient would vanish where a cut one lies outside.
+
+**One observation meets many noisy actions**, of M candidates and T levels.
+:meth:`DiffusionPolicy.bind` multiplies the first layer with the observation and with the embedded
+times once per chain; a step then only adds the share of the noisy action.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rsm_sampler.denoisers import Denoiser, Prediction
+from rsm_sampler.networks import EnsembleMLP
+from rsm_sampler.samplers import Ancestral
+from rsm_sampler.schedules import DiscreteSchedule
+
+__all__ = ["DiffusionPolicy", "PolicyNetwork"]
+
+_TIME = 16
+
+
+class PolicyNetwork(nn.Module):
+    r"""Mish perceptron of the noisy action, the observation and an embedded time.
+
+    The embedding is that of the code published with the paper: a sinusoid of length 16, divided
+    by 4, then linear to 32, Mish, linear to 16.
+
+    Arguments:
+        action_dim: Length of an action.
+        observation_dim: Length of an observation.
+        schedule: Turns noise levels into times.
+        sigma_data: The unit of the noise levels it is given, in units of actions.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers.
+        generator: Source of the initial weights, on the CPU.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        observation_dim: int,
+        schedule: DiscreteSchedule,
+        *,
+        sigma_data: float = 1.0,
+        width: int = 256,
+        depth: int = 3,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.schedule, self.sigma_data = schedule, sigma_data
+        self.body = EnsembleMLP(
+            [action_dim, observation_dim, _TIME],
+            action_dim,
+            width=width,
+            depth=depth,
+            generator=generator,
+        )
+        self.time = EnsembleMLP([_TIME], _TIME, width=2 * _TIME, depth=1, generator=generator)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch dim"],
+        log_sigma: Float[Tensor, "*batch"],
+        context: Float[Tensor, "*batch observation_dim"],
+    ) -> Float[Tensor, "*batch dim"]:
+        r"""The output for scaled noisy actions.
+
+        Arguments:
+            x: Scaled noisy actions, with shape :math:`(*, d_a)`.
+            log_sigma: Logarithms of their noise levels, in units of ``sigma_data``.
+            context: Observations.
+        """
+        t = self.schedule.time(log_sigma.exp() * self.sigma_data)
+        return self.body(x, context, self.embed(t)).squeeze(0)
+
+    def embed(self, t: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch 16"]:
+        """The embedding of times within [0, T]."""
+        half = _TIME // 2
+        rate = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / (half - 1)))
+        angle = t.unsqueeze(-1) * rate.to(t.dtype)
+        sinusoid = torch.cat([angle.sin(), angle.cos()], -1) / math.sqrt(_TIME)
+        return self.time(sinusoid).squeeze(0)
+
+
+class DiffusionPolicy(nn.Module):
+    r"""Actions in :math:`[-1, 1]^{d_a}` given observations, by a chain of T denoising steps.
+
+    Arguments:
+        observation_dim: Length of an observation.
+        action_dim: Length of an action.
+        schedule: The T noise levels.
+        prediction: What the network's output means; see :mod:`rsm_sampler.denoisers`.
+        sigma_data: Scale of actions, for the preconditioning.
+        start_scale: Factor on the noise from which a chain starts.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers.
+        generator: Source of the initial weights, on the CPU.
+
+    Example:
+        >>> from rsm_sampler.schedules import Cosine
+        >>> policy = DiffusionPolicy(3, 2, Cosine(20), width=32)
+        >>> policy.sample(torch.randn(5, 3), 4).shape
+        torch.Size([5, 4, 2])
+    """
+
+    sigmas: Tensor
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        schedule: DiscreteSchedule,
+        *,
+        prediction: Prediction = "preconditioned",
+        sigma_data: float = 0.5,
+        start_scale: float = 1.0,
+        width: int = 256,
+        depth: int = 3,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.schedule, self.start_scale = schedule, start_scale
+        network = PolicyNetwork(
+            action_dim,
+            observation_dim,
+            schedule,
+            sigma_data=1.0 if prediction == "noise" else sigma_data,
+            width=width,
+            depth=depth,
+            generator=generator,
+        )
+        self.network = network
+        self.denoiser = Denoiser(network, sigma_data, prediction)
+        levels = schedule.sigmas()
+        self.register_buffer("sigmas", levels.flip(0).float())  # level t at index t
+        self._levels = levels
+        numbers = torch.stack(self.denoiser.coefficients(levels[:-1])).T.tolist()
+        self._coefficients = dict(zip(levels[:-1].tolist(), numbers, strict=True))
+        self.register_buffer("_times", torch.arange(schedule.num_steps, 0, -1.0), persistent=False)
+
+    def sample(
+        self,
+        observation: Float[Tensor, "n observation_dim"],
+        candidates: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "n candidates action_dim"]:
+        """Independent actions.
+
+        Arguments:
+            observation: Observations, (n, observation_dim).
+            candidates: Actions of each.
+            generator: Source of randomness, on the policy's device.
+
+        Returns:
+            The actions, (n, candidates, action_dim), within [-1, 1].
+        """
+        n = len(observation)
+        chain = Ancestral(
+            self.bind(observation, candidates),
+            self._levels,
+            dim=self.action_dim,
+            centred=False,
+            start_scale=self.start_scale,
+        )
+        x = chain.sample(n * candidates, generator=generator)
+        return x.view(n, candidates, self.action_dim)
+
+    @torch.no_grad()
+    def bind(
+        self, observation: Float[Tensor, "n observation_dim"], candidates: int = 1
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The cut denoiser for some observations, of points (n candidates, action_dim).
+
+        Arguments:
+            observation: Observations, (n, observation_dim).
+            candidates: Points that share an observation, one after the other.
+        """
+        return _Bound(self, observation, candidates)
+
+
+class _Bound:
+    """A denoiser whose observations and times have passed through the first layer."""
+
+    by_number = True
+
+    def __init__(self, policy: DiffusionPolicy, observation: Tensor, candidates: int) -> None:
+        body = policy.network.body
+        self.rest, self.candidates = body.rest, candidates
+        self.coefficients = policy._coefficients
+        self.weight = body.weights[0][0, : policy.action_dim]
+        # Minus the share of observation and bias, (n, width), and of the times, (T, width).
+        self.observed = -body.first(1, observation, bias=True)[0]
+        embedded = policy.network.embed(policy._times)
+        times = body.first(2, embedded)[0]
+        self.times = dict(zip(policy._coefficients, times.unbind(0), strict=True))
+
+    def parameters(self) -> "list[Tensor]":
+        return [self.weight]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        keep, gain, shrink = self.coefficients[sigma]
+        before = self.observed - self.times[sigma]
+        if self.candidates == 1:
+            y = torch.addmm(before, x, self.weight, alpha=-shrink)
+        else:
+            y = torch.mm(x, self.weight).view(len(before), self.candidates, -1)
+            torch.sub(before.unsqueeze(1), y, alpha=shrink, out=y)
+        output = self.rest(y.view(1, len(x), -1))[0]
+        return torch.add(keep * x, output, alpha=gain).clamp_(-1.0, 1.0)
