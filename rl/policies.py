@@ -14,6 +14,7 @@ gradient would vanish where a cut one lies outside.
 times once per chain; a step then only adds the share of the noisy action.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -23,10 +24,13 @@ from torch import Tensor, nn
 
 from rsm_sampler.denoisers import Denoiser, Prediction
 from rsm_sampler.networks import EnsembleMLP
-from rsm_sampler.samplers import Ancestral
+from rsm_sampler.samplers import DDIM, Ancestral
 from rsm_sampler.schedules import DiscreteSchedule
 
 __all__ = ["DiffusionPolicy", "PolicyNetwork"]
+
+CHUNK = 2048
+"""Actions that one chain draws together on a CPU; what it works on stays in the cache."""
 
 _TIME = 16
 
@@ -116,6 +120,7 @@ class DiffusionPolicy(nn.Module):
     """
 
     sigmas: Tensor
+    _times: Tensor
 
     def __init__(
         self,
@@ -146,7 +151,11 @@ class DiffusionPolicy(nn.Module):
         self.denoiser = Denoiser(network, sigma_data, prediction)
         levels = schedule.sigmas()
         self.register_buffer("sigmas", levels.flip(0).float())  # level t at index t
-        self._levels = levels
+        self._chain = Ancestral(
+            self.denoiser, levels, dim=action_dim, centred=False, start_scale=start_scale
+        )
+        self._flow = DDIM(self.denoiser, levels, dim=action_dim, centred=False)
+        self._levels = self._chain.levels
         numbers = torch.stack(self.denoiser.coefficients(levels[:-1])).T.tolist()
         self._coefficients = dict(zip(levels[:-1].tolist(), numbers, strict=True))
         self.register_buffer("_times", torch.arange(schedule.num_steps, 0, -1.0), persistent=False)
@@ -168,16 +177,32 @@ class DiffusionPolicy(nn.Module):
         Returns:
             The actions, (n, candidates, action_dim), within [-1, 1].
         """
-        n = len(observation)
-        chain = Ancestral(
-            self.bind(observation, candidates),
-            self._levels,
-            dim=self.action_dim,
-            centred=False,
-            start_scale=self.start_scale,
-        )
+        n, size = len(observation), max(1, CHUNK // candidates)
+        if n > size and observation.device.type == "cpu":
+            parts = observation.split(size)
+            return torch.cat([self.sample(p, candidates, generator=generator) for p in parts])
+        chain = self._chain.around(self.bind(observation, candidates))
         x = chain.sample(n * candidates, generator=generator)
         return x.view(n, candidates, self.action_dim)
+
+    @torch.no_grad()
+    def flow(
+        self,
+        observation: Float[Tensor, "n observation_dim"],
+        starts: Float[Tensor, "m action_dim"],
+    ) -> Float[Tensor, "n m action_dim"]:
+        """The ends of chains without noise (DDIM), which all observations start alike.
+
+        Arguments:
+            observation: Observations, (n, observation_dim).
+            starts: Standard normal noises, (m, action_dim).
+        """
+        n, m = len(observation), len(starts)
+        flow = self._flow.around(self.bind(observation, m))
+        x = (self._levels[0] * self.start_scale * starts).repeat(n, 1)
+        for sigma_t, sigma_s in itertools.pairwise(self._levels):
+            x = flow.step(x, sigma_t, sigma_s)
+        return x.view(n, m, -1)
 
     @torch.no_grad()
     def bind(
@@ -200,6 +225,7 @@ class _Bound:
     def __init__(self, policy: DiffusionPolicy, observation: Tensor, candidates: int) -> None:
         body = policy.network.body
         self.rest, self.candidates = body.rest, candidates
+        self.buffer: Tensor | None = None
         self.coefficients = policy._coefficients
         self.weight = body.weights[0][0, : policy.action_dim]
         # Minus the share of observation and bias, (n, width), and of the times, (T, width).
@@ -218,7 +244,10 @@ class _Bound:
         if self.candidates == 1:
             y = torch.addmm(before, x, self.weight, alpha=-shrink)
         else:
-            y = torch.mm(x, self.weight).view(len(before), self.candidates, -1)
+            if self.buffer is None:
+                self.buffer = x.new_empty(len(x), self.weight.shape[-1])
+            torch.mm(x, self.weight, out=self.buffer)
+            y = self.buffer.view(len(before), self.candidates, -1)
             torch.sub(before.unsqueeze(1), y, alpha=shrink, out=y)
         output = self.rest(y.view(1, len(x), -1))[0]
         return torch.add(keep * x, output, alpha=gain).clamp_(-1.0, 1.0)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler import checkpoint
@@ -130,7 +129,7 @@ class ReplayBuffer:
         return Batch(*(rows[order.to(rows.device)] for rows in self._rows))
 
     def save_new(self, folder: str | os.PathLike[str]) -> None:
-        """Write what was added since the last call; remove files of overwritten transitions.
+        """Write what was added since the last call.
 
         Arguments:
             folder: One folder for one buffer.
@@ -144,8 +143,16 @@ class ReplayBuffer:
             path = folder / f"{begin:012d}-{self.count:012d}.pt"
             checkpoint.save(path, {"rows": rows}, kind=_KIND, version=_VERSION)
         self._saved = self.count
-        for path, _, end in _files(folder):
-            if end <= oldest:
+
+    def prune(self, folder: str | os.PathLike[str]) -> None:
+        """Remove the files whose transitions have all been overwritten.
+
+        Arguments:
+            folder: Where :meth:`save_new` wrote. Not before the checkpoint that no longer needs
+                them has been written.
+        """
+        for path, _, end in _files(Path(folder)):
+            if end <= self.count - len(self):
                 path.unlink(missing_ok=True)
 
     def load(self, folder: str | os.PathLike[str], count: int) -> None:

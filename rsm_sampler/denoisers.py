@@ -80,7 +80,9 @@ class Denoiser(nn.Module):
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}")
         if prediction not in get_args(Prediction):
-            raise ValueError(f"prediction must be one of {get_args(Prediction)}, got {prediction!r}")
+            raise ValueError(
+                f"prediction must be one of {get_args(Prediction)}, got {prediction!r}"
+            )
         self.network = network
         self.sigma_data = sigma_data
         self.prediction = prediction

@@ -17,7 +17,7 @@ fifths of the work at width 128, is then done once; :func:`shared_level` tells.
 :class:`EnsembleMLP` is the plain perceptron of the agents, several of them side by side: twin
 critics are one network with two members. Its inputs come in pieces, because many rows share a
 piece: the 64 candidate actions of one state meet the first layer's share of that state once.
-:func:`mish` is its nonlinearity, by one sigmoid instead of a tanh of a logarithm of an exponential:
+:func:`mish` is its nonlinearity, by one sigmoid instead of three functions one in the other:
 
 .. math:: \mathrm{mish}(x) = x \tanh \log(1 + e^x) = x\, \frac{1 - q^2}{1 + q^2}
           = \frac{2x}{1 + q^2} - x, \qquad q = \frac{1}{1 + e^x} .
@@ -216,8 +216,8 @@ class EnsembleMLP(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"outputs": outputs, "members": members, "width": width, "depth": depth}
-        for name, value in sizes.items():
+        given = {"outputs": outputs, "members": members, "width": width, "depth": depth}
+        for name, value in given.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not inputs or min(inputs) < 0 or sum(inputs) < 1:
@@ -225,11 +225,12 @@ class EnsembleMLP(nn.Module):
         self.inputs, self.outputs, self.members = tuple(inputs), outputs, members
         sizes = [sum(inputs), *[width] * depth, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        for before, after in itertools.pairwise(sizes):
             weight, std = torch.empty(members, before, after), 1 / math.sqrt(before)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(members, 1, after)))
+        self._scratch: tuple[Tensor, Tensor] | None = None
 
     def forward(self, *pieces: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""The outputs of all members.
@@ -249,24 +250,36 @@ class EnsembleMLP(nn.Module):
             raise ValueError(f"pieces must have lengths {self.inputs}, got {given}")
         batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
         rows = math.prod(batch)
-        if rows > _CHUNK and not torch.is_grad_enabled() and pieces[0].device.type == "cpu":
+        if (
+            rows * self.members > _CHUNK
+            and not torch.is_grad_enabled()
+            and pieces[0].device.type == "cpu"
+        ):
             # What one layer writes the next one finds in the cache.
-            size = max(1, _CHUNK * batch[0] // rows)
+            size = max(1, _CHUNK * batch[0] // (rows * self.members))
             parts = zip(*(_split(piece, len(batch), size) for piece in pieces), strict=False)
-            return torch.cat([self._forward(*part) for part in parts], 1)
-        return self._forward(*pieces)
+            return torch.cat([self._forward(part) for part in parts], 1)
+        return self._forward(pieces)
 
-    def _forward(self, *pieces: Tensor) -> Tensor:
+    def _forward(self, pieces: Sequence[Tensor]) -> Tensor:
+        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
         if all(piece.shape == pieces[0].shape[:-1] + piece.shape[-1:] for piece in pieces):
-            x = torch.cat(pieces, -1)
+            x = torch.cat(list(pieces), -1)
             flat = x.reshape(1, -1, x.shape[-1]).expand(self.members, -1, -1)
             y = torch.baddbmm(self.biases[0], flat, self.weights[0], beta=-1, alpha=-1)
             return self.rest(y.view(self.members, *x.shape[:-1], -1))
+        # The members' axis stands before the batch: missing axes are written out.
+        missing = [len(batch) + 1 - piece.ndim for piece in pieces]
+        pieces = [
+            piece.reshape(*[1] * n, *piece.shape) for n, piece in zip(missing, pieces, strict=True)
+        ]
         order = sorted(range(len(pieces)), key=lambda i: pieces[i].shape[:-1].numel())
-        total = self.first(order[0], pieces[order[0]], bias=True)
+        negated = -self.first(order[0], pieces[order[0]], bias=True)
         for i in order[1:]:
-            total = total + self.first(i, pieces[i])
-        return self.rest(-total)
+            share = self.first(i, pieces[i])
+            whole = not torch.is_grad_enabled() and share.shape[1:-1] == batch
+            negated = torch.sub(negated, share, out=share) if whole else negated - share
+        return self.rest(negated)
 
     def first(
         self, index: int, piece: Float[Tensor, "*batch n"], *, bias: bool = False
@@ -287,14 +300,28 @@ class EnsembleMLP(nn.Module):
 
     def rest(self, negated: Float[Tensor, "members *batch width"]) -> Float[Tensor, "..."]:
         """The outputs, from minus the first hidden layer's input, which may be overwritten."""
-        batch = negated.shape[1:-1]
-        h = _mish_of_minus(negated.reshape(self.members, -1, negated.shape[-1]))
-        for weight, bias in zip(
-            list(self.weights)[1:-1], list(self.biases)[1:-1], strict=True
-        ):
-            h = _mish_of_minus(torch.baddbmm(bias, h, weight, beta=-1, alpha=-1))
+        batch, last = negated.shape[1:-1], self.outputs
+        h = negated.reshape(self.members, -1, negated.shape[-1])
+        hidden = list(zip(list(self.weights)[1:-1], list(self.biases)[1:-1], strict=True))
+        if torch.is_grad_enabled() or not h.is_contiguous() or h.is_cuda:
+            h = _mish_of_minus(h)
+            for weight, bias in hidden:
+                h = _mish_of_minus(torch.baddbmm(bias, h, weight, beta=-1, alpha=-1))
+        else:
+            # Fresh memory costs more than what is written to it: two pieces serve all layers.
+            other, scratch = self._spare(h)
+            _mish_of_minus(h, scratch)
+            for weight, bias in hidden:
+                torch.baddbmm(bias, h, weight, beta=-1, alpha=-1, out=other)
+                h, other = _mish_of_minus(other, scratch), h
         y = torch.baddbmm(self.biases[-1], h, self.weights[-1])
-        return y.view(self.members, *batch, self.outputs)
+        return y.view(self.members, *batch, last)
+
+    def _spare(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._scratch
+        if found is None or found[0].shape != like.shape or found[0].dtype != like.dtype:
+            found = self._scratch = (torch.empty_like(like), torch.empty_like(like))
+        return found
 
 
 _CHUNK = 2048  # rows
@@ -327,13 +354,13 @@ def mish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return _mish_of_minus(-x)
 
 
-def _mish_of_minus(y: Tensor) -> Tensor:
+def _mish_of_minus(y: Tensor, scratch: Tensor | None = None) -> Tensor:
     """mish(-y). Without gradients y is overwritten."""
     if y.is_cuda:
         return nn.functional.mish(-y)
     if torch.is_grad_enabled() and y.requires_grad:
         return _MishOfMinus.apply(y)
-    q = torch.sigmoid(y)
+    q = torch.sigmoid(y) if scratch is None else torch.sigmoid(y, out=scratch)
     q.mul_(q).add_(1.0)
     return torch.addcdiv(y, y, q, value=-2.0, out=y)
 

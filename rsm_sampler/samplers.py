@@ -34,10 +34,12 @@ probability-flow ODE with the exact divergence, and estimates its own error by d
 It serves for reading and plotting; weights never use it.
 """
 
+import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -95,6 +97,17 @@ class Sampler(ABC):
         self.dim = dim
         self.centred, self.start_scale = centred, start_scale
         self._by_number = bool(getattr(denoiser, "by_number", False))
+
+    def around(self, denoiser: Callable[..., Tensor]) -> Self:
+        """The same sampler with another denoiser, without the checks of a new one.
+
+        Arguments:
+            denoiser: As for a new sampler.
+        """
+        other = copy.copy(self)
+        other.denoiser = denoiser
+        other._by_number = bool(getattr(denoiser, "by_number", False))
+        return other
 
     @abstractmethod
     def step(
@@ -354,9 +367,7 @@ class _Flow(Sampler, ABC):
         ]
         return torch.cat([x for x, _ in pieces]), torch.cat([log_prob for _, log_prob in pieces])
 
-    def _push(
-        self, x: Tensor, log_prob: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _push(self, x: Tensor, log_prob: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         for sigma_t, sigma_s in self._steps():
 
             def move(y: Tensor, t: float = sigma_t, s: float = sigma_s) -> Tensor:

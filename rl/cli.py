@@ -1,0 +1,160 @@
+r"""The command line of the agents: train, evaluate, resume.
+
+.. code-block:: console
+
+    rsm-rl train sdac --env-id HalfCheetah-v5 --total-steps 1000000 --run-dir runs/hc
+    rsm-rl evaluate runs/hc --video
+    rsm-rl resume runs/hc
+
+Results go to standard output, progress and errors to standard error. The exit status is 0; 2 for
+an error; 130 if a run was interrupted (it is saved, and ``resume`` goes on with it).
+"""
+
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from rl.environments import EnvironmentFailure
+from rl.evaluation import evaluate as evaluate_agent
+from rl.training import AGENTS, load, read_about
+from rl.training import resume as resume_run
+from rl.training import train as train_agent
+from rsm_sampler.checkpoint import CheckpointError
+
+__all__ = ["evaluate", "main", "resume", "train"]
+
+Run = Annotated[Path, arg(metavar="RUN")]
+Changes = Annotated[
+    tuple[str, ...],
+    arg(name="set", metavar="NAME=VALUE...", help="fields of the configuration to change"),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Arguments:
+        arguments: What stands after ``rsm-rl``; that of the process if None.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "evaluate": evaluate, "resume": resume},
+            prog="rsm-rl",
+            description="Diffusion-policy agents: " + ", ".join(sorted(AGENTS)) + ".",
+            args=None if arguments is None else list(arguments),
+        )
+    except (CheckpointError, EnvironmentFailure, ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"rsm-rl: {error}\n")
+        return 2
+
+
+def train(
+    agent: Positional[Annotated[str, arg(metavar="AGENT")]],
+    *,
+    env_id: str,
+    total_steps: int,
+    seed: int = 0,
+    preset: str = "corrected",
+    run_dir: Path | None = None,
+    device: str = "auto",
+    eval_every: int | None = None,
+    eval_episodes: int = 20,
+    changes: Changes = (),
+) -> int:
+    """Train an agent on an environment.
+
+    Arguments:
+        agent: Name of the agent.
+        env_id: Gymnasium's id of the environment.
+        total_steps: Environment steps.
+        seed: Decides everything.
+        preset: Configuration: corrected, official or icml2025.
+        run_dir: Folder of the run; runs/AGENT-ENV-SEED if left out.
+        device: Where to train; auto takes a GPU where there is one.
+        eval_every: Environment steps between evaluations.
+        eval_episodes: Episodes of an evaluation.
+        changes: Fields of the configuration to change.
+    """
+    folder = Path("runs", f"{agent}-{env_id}-{seed}") if run_dir is None else run_dir
+    trained = train_agent(
+        agent,
+        env_id,
+        total_steps=total_steps,
+        seed=seed,
+        config=preset,
+        run_dir=folder,
+        device=device,
+        eval_every=eval_every,
+        eval_episodes=eval_episodes,
+        **dict(_change(text) for text in changes),
+    )
+    return _report(folder, trained.interrupted)
+
+
+def resume(run: Positional[Run], *, total_steps: int | None = None, device: str = "auto") -> int:
+    """Go on with an interrupted run.
+
+    Arguments:
+        run: Folder of the run.
+        total_steps: A new length.
+        device: Where to train.
+    """
+    trained = resume_run(run, total_steps=total_steps, device=device)
+    return _report(run, trained.interrupted)
+
+
+def evaluate(
+    run: Positional[Run],
+    *,
+    env_id: str | None = None,
+    episodes: int = 20,
+    seed: int = 10_000,
+    best: bool = False,
+    video: bool = False,
+) -> int:
+    """Evaluate the agent of a run, or of a file.
+
+    Arguments:
+        run: Folder of a run, or file of an agent.
+        env_id: The environment, if not the one it was trained on.
+        episodes: Number of episodes.
+        seed: Seed of the first.
+        best: Whether to take the run's best agent instead of its last.
+        video: Whether to record the first episode, beside the agent.
+    """
+    path = run / ("best.pt" if best else "last.pt") if run.is_dir() else run
+    if run.is_dir():
+        read_about(run)
+    agent = load(path)
+    name = agent.env if env_id is None else env_id
+    film = path.with_suffix(".mp4") if video else None
+    found = evaluate_agent(agent, name, episodes=episodes, seed=seed, video=film)
+    sys.stdout.write(f"{agent.name} on {name}: {found}\n")
+    if film is not None:
+        sys.stdout.write(f"{film}\n")
+    return 0
+
+
+def _report(folder: Path, interrupted: bool) -> int:
+    for name in ("last", "best"):
+        if (folder / f"{name}.pt").exists():
+            sys.stdout.write(f"{folder / name}.pt\n")
+    return 130 if interrupted else 0
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"set must be NAME=VALUE, got {text!r}")
+    try:
+        return name.replace("-", "_"), ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name.replace("-", "_"), value

@@ -1,0 +1,250 @@
+r"""What the diffusion-policy agents share: the chain, candidates, and exploration noise.
+
+**Candidates.** An action is the best of M draws by :math:`\min_i Q_i` (16), with M set apart for
+behaviour, target and evaluation. M = 1 is the policy itself.
+
+**Evaluation** is a function of the observation alone: the M chains start from M fixed noises and
+run without any (DDIM); the best end is taken.
+
+**The tuned noise of the published code.** There the exploration noise has standard deviation
+:math:`\nu \kappa`, and :math:`\kappa` follows Adam steps on :math:`\log \kappa` with gradient
+
+.. math:: \hat H - H_{\rm target}, \qquad
+          \hat H = \tfrac{d_a}{2} \log\big(2 \pi e\, (0.1 \kappa)^2\big) .
+
+Since :math:`\hat H` depends on :math:`\kappa` alone, this is a decay that no data can change:
+:func:`kappa_path` writes it down.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rl.critics import best_candidate
+from rl.off_policy import AgentConfig, NextAction, OffPolicyAgent, _slow_copy
+from rl.policies import DiffusionPolicy
+from rl.replay import Batch
+from rsm_sampler.denoisers import Prediction
+from rsm_sampler.schedules import Cosine, DiscreteSchedule, Linear, VariancePreserving
+
+__all__ = ["DiffusionAgent", "DiffusionConfig", "kappa_path"]
+
+ScheduleName = Literal["cosine", "linear", "vp"]
+
+# What the published code has in common for its two agents.
+PUBLISHED: dict[str, Any] = {
+    "reward_scale": 0.2,
+    "warmup_steps": 30_000,
+    "count_warmup": False,
+    "policy_lr_final": 3e-5,
+    "target_period": 2,
+    "prediction": "noise",
+    "start_scale": 0.5,
+    "behaviour_candidates": 32,
+    "target_candidates": 32,
+    "evaluation_candidates": 32,
+    "behaviour_from_average": True,
+    "noise": 0.1,
+    "kappa": 5.0,
+    "cut_noise": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(AgentConfig):
+    """What a diffusion policy adds to :class:`~rl.off_policy.AgentConfig`.
+
+    Attributes:
+        num_steps: Steps T of the chain.
+        schedule: ``"cosine"``, ``"linear"`` or ``"vp"``.
+        schedule_scale: Factor on its rates.
+        prediction: What the network's output means; see :mod:`rsm_sampler.denoisers`.
+        start_scale: Factor on the noise from which a chain starts (1/2 in published code).
+        behaviour_candidates: M of acting.
+        target_candidates: M of the action at the next state.
+        evaluation_candidates: M of ``predict(deterministic=True)``.
+        behaviour_from_average: Whether a slow copy of the policy acts.
+        noise: Standard deviation of normal noise on acting and target actions.
+        kappa: Where the factor on this noise starts that published code tunes; None for none.
+        kappa_entropy: The entropy per dimension that it is tuned to, in nats.
+        kappa_lr: Adam's learning rate of log kappa.
+        kappa_period: Updates between its steps.
+        cut_noise: Whether noisy actions are cut to [-1, 1].
+    """
+
+    num_steps: int = 20
+    schedule: ScheduleName = "cosine"
+    schedule_scale: float = 1.0
+    prediction: Prediction = "preconditioned"
+    start_scale: float = 1.0
+    behaviour_candidates: int = 1
+    target_candidates: int = 1
+    evaluation_candidates: int = 10
+    behaviour_from_average: bool = False
+    noise: float = 0.0
+    kappa: float | None = None
+    kappa_entropy: float = -0.9
+    kappa_lr: float = 7e-3
+    kappa_period: int = 250
+    cut_noise: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant; see the base class."""
+        super().__post_init__()
+        for name in (
+            "num_steps",
+            "behaviour_candidates",
+            "target_candidates",
+            "evaluation_candidates",
+            "kappa_period",
+        ):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must be at least 0 and finite, got {self.noise}")
+        if self.kappa is not None and not self.kappa > 0:
+            raise ValueError(f"kappa must be positive or None, got {self.kappa}")
+        for name, allowed in (("schedule", ScheduleName), ("prediction", Prediction)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}"
+                )
+
+    def make_schedule(self) -> DiscreteSchedule:
+        """The T noise levels."""
+        if self.schedule == "vp":
+            return VariancePreserving(self.num_steps)
+        kind = Cosine if self.schedule == "cosine" else Linear
+        return kind(self.num_steps, scale=self.schedule_scale)
+
+
+@lru_cache
+def kappa_path(start: float, entropy: float, lr: float, steps: int) -> tuple[float, ...]:
+    r"""Values of :math:`\kappa` after 0, 1, ..., steps Adam steps on its logarithm.
+
+    Arguments:
+        start: The first value.
+        entropy: Target entropy per dimension, in nats.
+        lr: Adam's learning rate.
+        steps: Number of steps.
+
+    Example:
+        >>> round(kappa_path(5.0, -0.9, 7e-3, 2000)[-1], 3)
+        0.984
+    """
+    log_kappa, first, second = math.log(start), 0.0, 0.0
+    path = [start]
+    for i in range(1, steps + 1):
+        noise = 2 * (log_kappa + math.log(0.1))
+        gradient = 0.5 * (math.log(2 * math.pi * math.e) + noise) - entropy
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        root = math.sqrt(second / (1 - 0.999**i)) + 1e-8
+        log_kappa -= lr * first / (1 - 0.9**i) / root
+        path.append(math.exp(log_kappa))
+    return tuple(path)
+
+
+class DiffusionAgent(OffPolicyAgent):
+    """Base of SDAC and DPMD."""
+
+    policy: DiffusionPolicy
+
+    def build_policy(self, generator: torch.Generator) -> nn.Module:
+        """The policy, its slow copy where that one acts, and the fixed noises of evaluation."""
+        config = self.config
+        policy = DiffusionPolicy(
+            self.observation_dim,
+            self.action_dim,
+            config.make_schedule(),
+            prediction=config.prediction,
+            start_scale=config.start_scale,
+            width=config.width,
+            depth=config.depth,
+            generator=generator,
+        )
+        self.average = (
+            _slow_copy(policy).to(self.device) if config.behaviour_from_average else None
+        )
+        self._starts = torch.randn(
+            config.evaluation_candidates, self.action_dim, generator=generator
+        ).to(self.device)
+        self._noise = torch.full((), config.noise, device=self.device)
+        self._kappa = torch.ones((), device=self.device)
+        return policy
+
+    def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Slow copies and what they follow."""
+        pairs = super().slow_pairs()
+        return pairs if self.average is None else [*pairs, (self.average, self.policy)]
+
+    def before_update(self) -> None:
+        """The exploration noise of this update."""
+        config = self.config
+        if config.kappa is not None:
+            kappa = self.kappa
+            self._kappa.fill_(kappa)
+            self._noise.fill_(config.noise * kappa)
+
+    @property
+    def kappa(self) -> float:
+        """The factor on the noise, by the number of updates."""
+        config = self.config
+        if config.kappa is None:
+            return 1.0
+        steps = self.updates // config.kappa_period
+        longest = max(1000, 1 << max(0, steps - 1).bit_length())
+        return kappa_path(config.kappa, config.kappa_entropy, config.kappa_lr, longest)[steps]
+
+    # ------------------------------------------------------------------ actions
+
+    def explore(self, observation: Float[Tensor, "n obs"]) -> Float[Tensor, "n act"]:
+        """The best of M draws, plus noise."""
+        policy = self.policy if self.average is None else self.average
+        return self._noisy_best(
+            policy, observation, self.config.behaviour_candidates, self.acting_generator
+        )
+
+    @torch.no_grad()
+    def exploit(self, observation: Float[Tensor, "n obs"]) -> Float[Tensor, "n act"]:
+        """The best end of chains without noise, from fixed starts."""
+        policy = self.policy if self.average is None else self.average
+        return best_candidate(self.critic, observation, policy.flow(observation, self._starts))
+
+    def next_action(self, batch: Batch, with_policy: bool) -> NextAction:
+        """The best of M draws of the policy, plus noise; no entropy."""
+        m = self.config.target_candidates
+        return NextAction(self._noisy_best(self.policy, batch.next_observation, m, self.generator))
+
+    def _noisy_best(
+        self, policy: DiffusionPolicy, observation: Tensor, m: int, generator: torch.Generator
+    ) -> Tensor:
+        candidates = policy.sample(observation, m, generator=generator)
+        action = best_candidate(self.critic, observation, candidates)
+        return self._perturbed(action, generator)
+
+    def _perturbed(self, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Actions with exploration noise."""
+        if self.config.noise == 0:
+            return action
+        noise = torch.randn(
+            action.shape, dtype=action.dtype, device=action.device, generator=generator
+        )
+        action = action + self._noise * noise
+        return action.clamp(-1.0, 1.0) if self.config.cut_noise else action
+
+    def _levels_of(self, n: int) -> tuple[Tensor, Tensor]:
+        """Random steps t in 1..T, (n), and their noise levels."""
+        t = torch.randint(
+            1, self.config.num_steps + 1, (n,), device=self.device, generator=self.generator
+        )
+        return t, self.policy.sigmas[t]
+
+    def _modules(self) -> dict[str, nn.Module]:
+        modules = super()._modules()
+        return modules if self.average is None else {**modules, "average": self.average}

@@ -1,0 +1,530 @@
+r"""What all off-policy agents share: critics, their target, acting, the order of an update.
+
+One update takes a batch of transitions :math:`(s, a, r, s', d)` and
+
+1. draws :math:`a' \sim \pi(\cdot | s')` and moves the critics towards
+   :math:`y = c_r r + \gamma (1 - d) \min_i \bar Q_i(s', a')` (28);
+2. every ``policy_period`` updates takes a step on the agent's policy loss;
+3. moves the slow copies, :math:`\bar\theta \leftarrow \bar\theta + \tau (\theta - \bar\theta)`.
+
+An agent adds its policy network and the loss. Nothing in an update reads a value back to the
+host: on a GPU it is captured as a graph.
+"""
+
+import copy
+import dataclasses
+import math
+import os
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from rl.critics import Critic
+from rl.graphs import Captured
+from rl.replay import Batch, ReplayBuffer
+from rsm_sampler import checkpoint
+
+__all__ = ["AgentConfig", "NextAction", "OffPolicyAgent", "RunningMoments"]
+
+_KIND, _VERSION = "agent", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """What every off-policy agent needs; its own config adds to it.
+
+    Attributes:
+        num_envs: Environments that step together.
+        updates_per_step: Updates for each environment step; 0.2 is one for each step of five
+            environments.
+        warmup_steps: Environment steps with uniformly random actions, before any update.
+        count_warmup: Whether these count as part of a run's total.
+        replay_size: Transitions that are kept.
+        batch_size: Transitions of an update.
+        discount: The factor gamma.
+        reward_scale: Factor on rewards. Temperatures are in units of scaled reward.
+        normalise_observations: Whether to standardise observations by running moments.
+        critic_lr: Adam's learning rate of the critics.
+        critic_steps: Adam steps with each critic gradient (2 in published DPMD code).
+        policy_lr: Adam's learning rate of the policy.
+        policy_lr_final: Where it ends.
+        policy_lr_hold: Policy steps before it begins to fall.
+        policy_lr_decay: Policy steps over which it falls, linearly.
+        policy_period: Updates for each policy step.
+        polyak: Rate tau of the slow copies.
+        target_period: Updates for each step of the slow copies.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers.
+    """
+
+    num_envs: int = 5
+    updates_per_step: float = 0.2
+    warmup_steps: int = 5000
+    count_warmup: bool = True
+    replay_size: int = 1_000_000
+    batch_size: int = 256
+    discount: float = 0.99
+    reward_scale: float = 1.0
+    normalise_observations: bool = False
+    critic_lr: float = 3e-4
+    critic_steps: int = 1
+    policy_lr: float = 3e-4
+    policy_lr_final: float = 3e-4
+    policy_lr_hold: int = 25_000
+    policy_lr_decay: int = 50_000
+    policy_period: int = 2
+    polyak: float = 0.005
+    target_period: int = 1
+    width: int = 256
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ValueError: With the name, the rule and the value.
+        """
+        for name in (
+            "num_envs",
+            "replay_size",
+            "batch_size",
+            "critic_steps",
+            "policy_period",
+            "policy_lr_decay",
+            "target_period",
+            "width",
+            "depth",
+        ):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("updates_per_step", "reward_scale", "critic_lr", "policy_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("warmup_steps", "policy_lr_hold", "policy_lr_final"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.discount < 1:
+            raise ValueError(f"discount must be in [0, 1), got {self.discount}")
+        if not 0 < self.polyak <= 1:
+            raise ValueError(f"polyak must be in (0, 1], got {self.polyak}")
+        if self.replay_size < self.batch_size:
+            raise ValueError(
+                f"replay_size must be at least batch_size {self.batch_size}, "
+                f"got {self.replay_size}"
+            )
+
+    @classmethod
+    def preset(cls, name: str = "corrected", **changes: Any) -> Self:  # noqa: ANN401
+        """A named configuration.
+
+        Arguments:
+            name: ``"corrected"`` is the default.
+            **changes: Fields that differ from it.
+
+        Raises:
+            ValueError: If there is no preset or field of that name.
+        """
+        presets = cls._presets()
+        if name not in presets:
+            raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for field in changes:
+            if field not in fields:
+                raise ValueError(f"config must have fields of {cls.__name__}, got {field!r}")
+        return cls(**{**presets[name], **changes})
+
+    @classmethod
+    def _presets(cls) -> dict[str, dict[str, Any]]:
+        return {"corrected": {}}
+
+
+class NextAction(NamedTuple):
+    """What an agent draws at the next states.
+
+    Attributes:
+        action: Actions for the critic's target, (n, action_dim).
+        entropy_cost: What their values lose to entropy, (n) or a number.
+        draws: Several actions of some of these states for the policy's loss, (states, draws,
+            action_dim); None where that loss needs none.
+    """
+
+    action: Tensor
+    entropy_cost: Tensor | float = 0.0
+    draws: Tensor | None = None
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all observations so far, to standardise them.
+
+    Arguments:
+        dim: Length of an observation.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Float[Tensor, "n dim"]) -> None:
+        """Take in more observations."""
+        x, n = x.double(), len(x)
+        total = self.count + n
+        shift = x.mean(0) - self.mean
+        between = shift.square() * (self.count * n / total)
+        spread = self.variance * self.count + x.var(0, correction=0) * n + between
+        self.mean.add_(shift * (n / total))
+        self.variance.copy_(spread / total)
+        self.count.copy_(total)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Observations in standard deviations from the mean, within 10."""
+        y = (x - self.mean) / (self.variance + 1e-8).sqrt()
+        return y.to(x.dtype).clamp(-10.0, 10.0)
+
+
+class OffPolicyAgent(ABC):
+    """Base of the agents.
+
+    Arguments:
+        observation_dim: Length of an observation.
+        action_dim: Length of an action.
+        config: The agent's configuration; its default if None.
+        seed: Decides initial weights and every random number.
+        device: ``"auto"`` takes a GPU where there is one.
+        low: Lower ends of the environment's actions, for :meth:`predict`; -1 if None.
+        high: Upper ends; 1 if None.
+        env: Name of the environment, for messages.
+
+    Raises:
+        ValueError: If an argument does not fit.
+
+    Attributes:
+        updates: Number of updates so far.
+        interrupted: Whether Ctrl-C ended the training.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[AgentConfig]]
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        config: AgentConfig | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "auto",
+        low: ArrayLike | None = None,
+        high: ArrayLike | None = None,
+        env: str = "",
+    ) -> None:
+        config = self.config_type() if config is None else config
+        if type(config) is not self.config_type:
+            raise ValueError(
+                f"config must be a {self.config_type.__name__}, got {type(config).__name__}"
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.config: Any = config
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.seed, self.env, self.updates = seed, env, 0
+        self.interrupted = False
+        one = np.ones(action_dim)
+        self.low = -one if low is None else np.asarray(low, np.float64)
+        self.high = one if high is None else np.asarray(high, np.float64)
+        weights = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed + 1)
+        self.acting_generator = torch.Generator(self.device).manual_seed(seed + 2)
+        self.moments = RunningMoments(observation_dim).to(self.device)
+        self.critic = Critic(
+            observation_dim,
+            action_dim,
+            width=config.width,
+            depth=config.depth,
+            generator=weights,
+        ).to(self.device)
+        self.target_critic = _slow_copy(self.critic)
+        self.policy = self.build_policy(weights).to(self.device)
+        self.critic_optimiser = self._adam(self.critic, config.critic_lr)
+        self.policy_optimiser = self._adam(self.policy, config.policy_lr)
+        self._captured: dict[tuple[int, bool, bool], Captured] = {}
+
+    # ------------------------------------------------------------------ what an agent adds
+
+    @abstractmethod
+    def build_policy(self, generator: torch.Generator) -> nn.Module:
+        """The policy's network."""
+
+    @abstractmethod
+    def explore(self, observation: Float[Tensor, "n obs"]) -> Float[Tensor, "n act"]:
+        """Actions to act with, for standardised observations, from ``acting_generator``."""
+
+    @abstractmethod
+    def exploit(self, observation: Float[Tensor, "n obs"]) -> Float[Tensor, "n act"]:
+        """The same action for the same standardised observation, every time."""
+
+    @abstractmethod
+    def next_action(self, batch: Batch, with_policy: bool) -> NextAction:
+        """Actions at the next states.
+
+        Arguments:
+            batch: Transitions with standardised observations.
+            with_policy: Whether a policy step follows.
+        """
+
+    @abstractmethod
+    def policy_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a policy step, and numbers worth a log line.
+
+        Arguments:
+            batch: Transitions with standardised observations.
+            drawn: What was drawn at the next states.
+        """
+
+    def after_policy_step(self, batch: Batch, drawn: NextAction) -> dict[str, Tensor]:
+        """What is tuned after a policy step, a temperature for example."""
+        return {}
+
+    def before_update(self) -> None:  # noqa: B027
+        """Host-side schedules, written to tensors of the device."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """Tensors and plain values besides networks, optimisers and generators."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take back :meth:`extra_state`."""
+
+    def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Slow copies and what they follow."""
+        return [(self.target_critic, self.critic)]
+
+    # ------------------------------------------------------------------ acting
+
+    @torch.no_grad()
+    def act(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Exploring actions within or about [-1, 1], for a batch of raw observations."""
+        return self.explore(self._standard(observation)).cpu().numpy()
+
+    @torch.no_grad()
+    def predict(
+        self, observation: ArrayLike, deterministic: bool = False
+    ) -> tuple[NDArray[np.float32], None]:
+        """Actions in the environment's units.
+
+        Arguments:
+            observation: One observation or a batch.
+            deterministic: Whether to exploit: the same action for the same observation.
+
+        Returns:
+            The action or actions, within the environment's bounds, and None (for the state that
+            recurrent policies have in other libraries).
+
+        Raises:
+            ValueError: If the observation has another length.
+        """
+        observation = np.asarray(observation, np.float32)
+        if observation.ndim not in (1, 2) or observation.shape[-1] != self.observation_dim:
+            raise ValueError(
+                f"observation must have length {self.observation_dim}, got shape "
+                f"{observation.shape}"
+            )
+        standard = self._standard(np.atleast_2d(observation))
+        action = (self.exploit if deterministic else self.explore)(standard)
+        unit = action.clamp(-1.0, 1.0).cpu().numpy().astype(np.float64)
+        scaled = self.low + 0.5 * (unit + 1) * (self.high - self.low)
+        return scaled.reshape(*observation.shape[:-1], -1).astype(np.float32), None
+
+    def _standard(self, observation: NDArray[np.float32]) -> Tensor:
+        x = torch.from_numpy(np.ascontiguousarray(observation, np.float32)).to(self.device)
+        return self.moments(x) if self.config.normalise_observations else x
+
+    # ------------------------------------------------------------------ updating
+
+    def update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        """One update on a batch from the replay.
+
+        Returns:
+            Numbers for a log, as tensors without axes: reading them makes the host wait.
+        """
+        config = self.config
+        self.before_update()
+        with_policy = (self.updates + 1) % config.policy_period == 0
+        with_target = (self.updates + 1) % config.target_period == 0
+        if with_policy:
+            step = self.updates // config.policy_period - config.policy_lr_hold
+            fraction = min(1.0, max(0.0, step / config.policy_lr_decay))
+            fall = config.policy_lr_final - config.policy_lr
+            _set_lr(self.policy_optimiser, config.policy_lr + fraction * fall)
+        key = (id(replay), with_policy, with_target)
+        if key not in self._captured:
+            self._captured[key] = Captured(
+                partial(self._update, replay, with_policy, with_target),
+                self.device,
+                [self.generator],
+            )
+        self.updates += 1
+        return self._captured[key]()
+
+    def _update(
+        self, replay: ReplayBuffer, with_policy: bool, with_target: bool
+    ) -> dict[str, Tensor]:
+        config = self.config
+        batch = replay.sample(config.batch_size, generator=self.generator)
+        if config.normalise_observations:
+            batch = batch._replace(
+                observation=self.moments(batch.observation),
+                next_observation=self.moments(batch.next_observation),
+            )
+        with torch.no_grad():
+            drawn = self.next_action(batch, with_policy)
+            future = self.target_critic.minimum(batch.next_observation, drawn.action)
+            alive = config.discount * (1 - batch.terminated)
+            target = config.reward_scale * batch.reward + alive * (future - drawn.entropy_cost)
+        values = self.critic.values(batch.observation, batch.action)
+        loss = (values - target).square().mean(-1).sum()
+        self.critic_optimiser.zero_grad()
+        loss.backward()
+        self.critic_optimiser.step()
+        detached = values.detach()
+        metrics = {
+            "critic_loss": loss.detach(),
+            "value": detached.mean(),
+            "value_gap": (detached[0] - detached[-1]).abs().mean(),
+            "share_at_bounds": (drawn.action.abs() > 0.999).float().mean(),
+        }
+        if with_policy:
+            policy_loss, more = self.policy_loss(batch, drawn)
+            self.policy_optimiser.zero_grad()
+            policy_loss.backward()
+            self.policy_optimiser.step()
+            metrics |= {"policy_loss": policy_loss.detach(), **more}
+            metrics |= self.after_policy_step(batch, drawn)
+        for _ in range(config.critic_steps - 1):
+            self.critic_optimiser.step()
+        if with_target:
+            for slow, fast in self.slow_pairs():
+                torch._foreach_lerp_(
+                    list(slow.parameters()), list(fast.parameters()), config.polyak
+                )
+        return metrics
+
+    def _adam(self, module: nn.Module, lr: float) -> torch.optim.Adam:
+        cuda = self.device.type == "cuda"
+        rate = torch.tensor(lr, device=self.device) if cuda else lr
+        return torch.optim.Adam(module.parameters(), lr=rate, fused=True, capturable=cuda)
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what acting needs, without optimisers and replay."""
+        checkpoint.save(path, self.state(training=False), kind=_KIND, version=_VERSION)
+
+    def state(self, *, training: bool = True) -> dict[str, Any]:
+        """Tensors and plain values.
+
+        Arguments:
+            training: Whether to include what only an exact continuation needs.
+        """
+        state: dict[str, Any] = {
+            "agent": self.name,
+            "config": asdict(self.config),
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+            "low": torch.from_numpy(self.low.copy()),
+            "high": torch.from_numpy(self.high.copy()),
+            "seed": self.seed,
+            "env": self.env,
+            "updates": self.updates,
+            "modules": {k: dict(m.state_dict()) for k, m in self._modules().items()},
+            "extra": self.extra_state(),
+        }
+        if training:
+            state["optimisers"] = [o.state_dict() for o in self._optimisers()]
+            state["generators"] = [
+                checkpoint.generator_state(g) for g in (self.generator, self.acting_generator)
+            ]
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back :meth:`state`.
+
+        Raises:
+            CheckpointError: If it is that of another agent or another configuration.
+        """
+        mine = {
+            "agent": self.name,
+            "config": asdict(self.config),
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+        }
+        for key, value in mine.items():
+            if state[key] != value:
+                raise checkpoint.CheckpointError(
+                    f"checkpoint must be of an agent with {key} {value}, got {state[key]}"
+                )
+        for name, module in self._modules().items():
+            module.load_state_dict(state["modules"][name])
+        self.updates, self.seed = state["updates"], state["seed"]
+        self.load_extra_state(state["extra"])
+        if "optimisers" in state:
+            for optimiser, kept in zip(self._optimisers(), state["optimisers"], strict=True):
+                optimiser.load_state_dict(kept)
+            for generator, kept in zip(
+                (self.generator, self.acting_generator), state["generators"], strict=True
+            ):
+                checkpoint.restore_generator(generator, kept)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], *, device: torch.device | str = "auto") -> Self:
+        """The agent that :meth:`state` describes."""
+        agent = cls(
+            state["observation_dim"],
+            state["action_dim"],
+            cls.config_type(**state["config"]),
+            seed=state["seed"],
+            device=device,
+            low=state["low"].numpy(),
+            high=state["high"].numpy(),
+            env=state["env"],
+        )
+        agent.load_state(state)
+        return agent
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {
+            "critic": self.critic,
+            "target_critic": self.target_critic,
+            "policy": self.policy,
+            "moments": self.moments,
+        }
+
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        return [self.critic_optimiser, self.policy_optimiser]
+
+
+def _slow_copy(module: nn.Module) -> Any:  # noqa: ANN401
+    slow = copy.deepcopy(module)
+    slow.requires_grad_(False)
+    return slow
+
+
+def _set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

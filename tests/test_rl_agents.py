@@ -1,0 +1,517 @@
+"""The agents' losses against slow references written from the equations, and their chains."""
+
+import copy
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rl.critics import Critic, best_candidate
+from rl.diffusion_agent import kappa_path
+from rl.dpmd import DPMD, DPMDConfig
+from rl.off_policy import NextAction
+from rl.policies import DiffusionPolicy
+from rl.replay import Batch, ReplayBuffer
+from rl.sdac import SDAC, SDACConfig
+from rsm_sampler.kernels import TruncatedReverseKernel
+from rsm_sampler.schedules import Cosine, Linear
+
+DOUBLE = torch.float64
+OBS, ACT, N = 3, 2, 16
+SMALL = {"width": 16, "batch_size": N, "replay_size": 64, "num_draws": 8}
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(n=N, dtype=torch.float32):
+    g = rng(5)
+    return Batch(
+        torch.randn(n, OBS, generator=g, dtype=dtype),
+        2 * torch.rand(n, ACT, generator=g, dtype=dtype) - 1,
+        torch.randn(n, generator=g, dtype=dtype),
+        torch.randn(n, OBS, generator=g, dtype=dtype),
+        (torch.rand(n, generator=g) < 0.3).to(dtype),
+    )
+
+
+def filled_replay():
+    replay = ReplayBuffer(64, OBS, ACT)
+    replay.add(batch(64))
+    return replay
+
+
+def in_double(agent):
+    for module in agent._modules().values():
+        module.double()
+    return agent
+
+
+def sdac(preset="corrected", **changes):
+    return SDAC(OBS, ACT, SDACConfig.preset(preset, **{**SMALL, **changes}), device="cpu")
+
+
+def dpmd(preset="corrected", **changes):
+    small = {key: value for key, value in SMALL.items() if key != "num_draws"}
+    config = DPMDConfig.preset(preset, **{**small, "policy_states": 4, **changes})
+    return DPMD(OBS, ACT, config, device="cpu")
+
+
+def gradients(agent, loss):
+    parameters = list(agent.policy.parameters())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+# --- the policy ------------------------------------------------------------------------
+
+
+def test_a_bound_policy_is_the_policy():
+    policy = DiffusionPolicy(OBS, ACT, Cosine(7), width=16, generator=rng()).double()
+    observation = torch.randn(4, OBS, dtype=DOUBLE, generator=rng(1))
+    for m in (1, 5):
+        bound = policy.bind(observation, m)
+        for i, sigma in enumerate(policy._levels[:-1]):
+            x = sigma * torch.randn(4 * m, ACT, dtype=DOUBLE, generator=rng(i))
+            context = observation.repeat_interleave(m, 0)
+            expected = policy.denoiser(x, torch.tensor(sigma, dtype=DOUBLE), context).clamp(-1, 1)
+            torch.testing.assert_close(bound(x, sigma), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "preconditioned"])
+def test_the_chain_is_that_of_equation_8(prediction):
+    """In the paper's variable, with the cut prediction at every step and half the noise."""
+    schedule = Linear(20, scale=0.8)
+    policy = DiffusionPolicy(
+        OBS, ACT, schedule, width=16, prediction=prediction, start_scale=0.5, generator=rng()
+    ).double()
+    observation = torch.randn(3, OBS, dtype=DOUBLE, generator=rng(1))
+    actions = policy.sample(observation, 4, generator=rng(2))
+    g, context = rng(2), observation.repeat_interleave(4, 0)
+    alpha_bar = schedule.alpha_bar(torch.arange(21))
+    # The core's chain draws in variance-exploding coordinates, whose start is wider.
+    first = torch.randn(12, ACT, dtype=DOUBLE, generator=g)
+    a = 0.5 * first * math.sqrt(1 - alpha_bar[20])
+    for t in range(20, 0, -1):
+        beta = 1 - alpha_bar[t] / alpha_bar[t - 1]
+        sigma = math.sqrt(1 / alpha_bar[t] - 1)
+        exploding = a / math.sqrt(alpha_bar[t])
+        clean = policy.denoiser(exploding, torch.tensor(sigma, dtype=DOUBLE), context)
+        clean = clean.clamp(-1, 1)
+        c_1 = beta * math.sqrt(alpha_bar[t - 1]) / (1 - alpha_bar[t])
+        c_2 = (1 - alpha_bar[t - 1]) * math.sqrt(1 - beta) / (1 - alpha_bar[t])
+        a = c_1 * clean + c_2 * a
+        if t > 1:
+            variance = (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta
+            a = a + math.sqrt(variance) * torch.randn(12, ACT, dtype=DOUBLE, generator=g)
+    torch.testing.assert_close(actions.view(12, ACT), a, rtol=1e-5, atol=1e-6)
+
+
+def test_actions_stay_in_the_box_whatever_the_network():
+    policy = DiffusionPolicy(OBS, ACT, Cosine(20), width=16, generator=rng())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(30)
+    x = policy.sample(torch.randn(600, OBS, generator=rng()), 4, generator=rng())
+    assert x.shape == (600, 4, ACT) and x.abs().max() <= 1
+
+
+def test_best_candidate_is_the_arg_max_of_the_smaller_value():
+    critic = Critic(OBS, ACT, width=8, generator=rng()).double()
+    data = batch(dtype=DOUBLE)
+    candidates = torch.rand(N, 6, ACT, dtype=DOUBLE, generator=rng(2))
+    best = best_candidate(critic, data.observation, candidates)
+    for i in range(N):
+        values = [
+            min(critic.values(data.observation[i], candidates[i, k]).tolist()) for k in range(6)
+        ]
+        assert torch.equal(best[i], candidates[i, int(np.argmax(values))])
+    assert torch.equal(
+        best_candidate(critic, data.observation, candidates[:, :1]), candidates[:, 0]
+    )
+
+
+# --- SDAC ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["corrected", "official"])
+def test_sdac_loss_is_equation_14(preset):
+    """K network calls on noises, weights by softmax, in double precision: same gradient."""
+    changes = {"proposal": "replay", "temperature": 0.3, "temperature_rule": "fixed"}
+    agent = in_double(sdac(preset, **changes))
+    agent._kernel = TruncatedReverseKernel(-1.0, 1.0) if preset == "corrected" else agent._kernel
+    data = batch(dtype=DOUBLE)
+    agent.generator.manual_seed(7)
+    loss, metrics = agent.policy_loss(data, NextAction(data.action))
+
+    g = rng(7)
+    t = torch.randint(1, 21, (N,), generator=g)
+    sigma = agent.policy.sigmas[t]
+    x_t = data.action + sigma[:, None] * torch.randn(N, ACT, dtype=DOUBLE, generator=g)
+    candidates = agent._kernel.draw(x_t, sigma, 8, generator=g).x_0
+    noise = (x_t[:, None] - candidates) / sigma[:, None, None]
+    reference, ess = 0.0, 0.0
+    for i in range(N):
+        values = agent.critic.minimum(data.observation[i], candidates[i].clamp(-1, 1)).detach()
+        weight = torch.softmax(values / 0.3, 0)
+        ess += float(1 / weight.square().sum()) / 8 / N
+        for k in range(8):
+            predicted = (x_t[i] - agent.policy.denoiser(x_t[i], sigma[i], data.observation[i])) / (
+                sigma[i]
+            )
+            error = (predicted - noise[i, k]).square().sum()
+            # The score loss times sigma^2, or in units of the preconditioned output.
+            scale = 1.0 if preset == "official" else 1 + (sigma[i] / 0.5) ** 2
+            reference = reference + weight[k] * scale * error / N
+    torch.testing.assert_close(gradients(agent, loss), gradients(agent, reference))
+    assert float(metrics["q_weight_ess"]) == pytest.approx(ess)
+    assert bool(loss < reference)  # by the spread of the candidates alone
+
+
+def test_sdac_ignores_a_constant_and_the_common_scale_of_value_and_temperature():
+    """Shift Q by c: nothing. Q and temperature times b: nothing."""
+    data, found = batch(dtype=DOUBLE), []
+    for shift, scale in ((0.0, 1.0), (40.0, 1.0), (0.0, 7.0)):
+        agent = in_double(sdac(temperature=0.2 * scale, temperature_rule="fixed"))
+        with torch.no_grad():
+            agent.critic.weights[-1].mul_(scale)
+            agent.critic.biases[-1].add_(shift)
+        found.append(gradients(agent, agent.policy_loss(data, NextAction(data.action))[0]))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+def test_entropy_of_a_known_policy():
+    """Uniform actions whose denoiser is exact: log 2 per dimension, plus the lowest noise."""
+    from scipy.integrate import quad
+    from scipy.stats import norm
+
+    class Uniform(torch.nn.Module):
+        def forward(self, x, sigma, context):
+            s = sigma.unsqueeze(-1)
+            low, high = (-1 - x) / s, (1 - x) / s
+            normal = torch.distributions.Normal(0.0, 1.0)
+            mass = normal.cdf(high) - normal.cdf(low)
+            edge = normal.log_prob(low).exp() - normal.log_prob(high).exp()
+            inside = x + s * edge / mass
+            return torch.where(mass > 1e-9, inside, x.clamp(-1, 1))
+
+    agent = in_double(sdac(batch_size=4000, replay_size=4000))
+    agent.policy.denoiser = Uniform()
+    data = batch(4000, DOUBLE)
+    entropies = [
+        float(
+            agent.after_policy_step(data, NextAction(batch(4000, DOUBLE).action))[
+                "entropy_per_dim"
+            ]
+        )
+        for _ in range(5)
+    ]
+    sigma = float(agent.policy.sigmas[1])
+
+    def integrand(x):
+        p = (norm.cdf((1 - x) / sigma) - norm.cdf((-1 - x) / sigma)) / 2
+        return -p * math.log(p) if p > 0 else 0.0
+
+    exact = quad(integrand, -2, 2, limit=200)[0]
+    assert exact == pytest.approx(0.774, abs=0.001)
+    # Trapezoids over 20 levels, and 20,000 draws.
+    assert np.mean(entropies) == pytest.approx(exact, abs=0.05)
+
+
+def test_temperature_rises_while_entropy_is_missing():
+    for target, sign in ((5.0, 1), (-5.0, -1)):
+        agent = sdac(target_entropy=target, temperature_lr=0.01)
+        agent.update(filled_replay())
+        agent.update(filled_replay())
+        assert sign * math.log(agent.temperature) == pytest.approx(0.01, rel=1e-6)
+
+
+@pytest.mark.parametrize("proposal", ["replay", "uniform", "policy", "noised-policy"])
+def test_every_proposal_trains(proposal):
+    agent = sdac(proposal=proposal, policy_period=1)
+    before = copy.deepcopy(agent.policy.state_dict())
+    metrics = agent.update(filled_replay())
+    assert all(bool(value.isfinite()) for value in metrics.values())
+    assert any(not torch.equal(before[k], v) for k, v in agent.policy.state_dict().items())
+
+
+# --- DPMD ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("standardise", ["moments", "published", "none"])
+def test_dpmd_loss_is_equation_13(standardise):
+    agent = in_double(
+        dpmd("printed", standardise=standardise, temperature=0.7, terminal_states=True)
+    )
+    agent._value_mean.fill_(0.1)
+    agent._value_std.fill_(0.05)
+    data = batch(dtype=DOUBLE)
+    action = data.action
+    agent.generator.manual_seed(7)
+    loss, _ = agent.policy_loss(data, NextAction(action))
+
+    g = rng(7)
+    t = torch.randint(1, 21, (N,), generator=g)
+    sigma = agent.policy.sigmas[t]
+    x_t = action + sigma[:, None] * torch.randn(N, ACT, dtype=DOUBLE, generator=g)
+    log_weights, errors = [], []
+    for i in range(N):
+        q = agent.critic.minimum(data.next_observation[i], action[i]).item()
+        standard = {
+            "moments": min(3, max(-3, (q - 0.1) / (0.05 + 1e-6))),
+            "published": min(3, max(-3, q - 0.1 / (0.05 + 1e-6))),
+            "none": q,
+        }[standardise]
+        log_weights.append(standard / 0.7)
+        denoised = agent.policy.denoiser(x_t[i], sigma[i], data.next_observation[i])
+        errors.append((1 / 0.25 + 1 / sigma[i] ** 2) * (denoised - action[i]).square().sum())
+    weight = torch.softmax(torch.tensor(log_weights, dtype=DOUBLE), 0)
+    reference = sum(w * e for w, e in zip(weight, errors, strict=True))
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gradients(agent, loss), gradients(agent, reference), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_published_dpmd_weights_are_not_normalised():
+    agent = in_double(dpmd("official"))
+    data = batch(dtype=DOUBLE)
+    agent.before_update()
+    agent.generator.manual_seed(7)
+    loss, _ = agent.policy_loss(data, NextAction(data.action))
+    g = rng(7)
+    sigma = agent.policy.sigmas[torch.randint(1, 21, (N,), generator=g)]
+    noise = torch.randn(N, ACT, dtype=DOUBLE, generator=g)
+    x_t = data.action + sigma[:, None] * noise
+    value = agent.critic.minimum(data.next_observation, data.action)
+    weight = ((value - 0.0).clamp(-3, 3) / 5.0).exp().detach()
+    predicted = agent.policy.denoiser.noise(x_t, sigma, data.next_observation)
+    reference = (weight * (predicted - noise).square().sum(-1)).mean()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("preset", ["corrected", "printed"])
+def test_states_without_a_future_take_no_part(preset):
+    data = batch(dtype=DOUBLE)
+    found = []
+    for change in (0.0, 1.0):
+        agent = in_double(dpmd())
+        moved = data.next_observation + change * data.terminated[:, None]
+        drawn = NextAction(data.action)
+        if preset == "corrected":
+            drawn = drawn._replace(draws=torch.rand(4, 4, ACT, dtype=DOUBLE, generator=rng()))
+        loss = agent.policy_loss(data._replace(next_observation=moved), drawn)[0]
+        found.append(gradients(agent, loss))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_weights_within_a_state_compare_actions_and_not_states():
+    """A value that depends on the state alone leaves plain denoising."""
+    for bias in (0.0, 3.0):
+        agent = in_double(dpmd(draws_per_state=4, noise=0.0))
+        with torch.no_grad():
+            agent.critic.weights[0][:, OBS:] = 0  # blind to the action
+            agent.critic.biases[-1].add_(bias)
+        data = batch(dtype=DOUBLE)
+        drawn = agent.next_action(data, True)
+        assert drawn.draws.shape == (4, 4, ACT)
+        assert torch.equal(drawn.draws[:, 0], drawn.action[:4])
+        metrics = agent.policy_loss(data, drawn)[1]
+        assert float(metrics["kl_to_old"]) == pytest.approx(0.0, abs=1e-12)
+        assert float(metrics["q_weight_ess"]) == pytest.approx(1.0)
+
+
+def test_temperature_follows_the_divergence():
+    for target, sign in ((1e-6, 1), (1.0, -1)):
+        agent = dpmd(draws_per_state=4, target_kl=target, temperature=0.5, policy_period=1)
+        agent.update(filled_replay())
+        assert sign * (agent.temperature - 0.5) > 0
+
+
+def test_the_old_policy_is_frozen_between_copies():
+    agent = dpmd(draws_per_state=2, old_policy_period=3, policy_period=1)
+    replay = filled_replay()
+    same = []
+    for _ in range(7):
+        agent.update(replay)
+        first = [next(m.parameters()) for m in (agent.old_policy, agent.policy)]
+        same.append(torch.equal(*first))
+        kept = first[0].clone()
+    assert not any(same)
+    agent.update(replay)
+    assert torch.equal(kept, next(agent.old_policy.parameters()))
+
+
+# --- what they share --------------------------------------------------------------------
+
+
+def test_the_critic_follows_equation_28():
+    """Loss of the first update: mean squared error of both members to the same target."""
+    agent = in_double(sdac(reward_scale=0.2, discount=0.9))
+    data = batch(dtype=DOUBLE)
+
+    class Fixed:
+        def sample(self, n, *, generator):
+            return data
+
+    generator = copy.deepcopy(agent.generator.get_state())
+    critic, target = copy.deepcopy(agent.critic), copy.deepcopy(agent.target_critic)
+    metrics = agent.update(Fixed())
+    agent.generator.set_state(generator)
+    fresh = in_double(sdac(reward_scale=0.2, discount=0.9))
+    fresh.generator.set_state(generator)
+    action, cost, _ = fresh.next_action(data, False)
+    assert cost == 0.0
+    loss = 0.0
+    for i in range(N):
+        future = min(target.values(data.next_observation[i], action[i]).tolist())
+        y = 0.2 * float(data.reward[i]) + 0.9 * (1 - float(data.terminated[i])) * future
+        values = critic.values(data.observation[i], data.action[i]).tolist()
+        loss += sum((v - y) ** 2 for v in values) / N
+    assert float(metrics["critic_loss"]) == pytest.approx(loss, rel=1e-6)
+
+
+def test_slow_copies_move_by_polyak():
+    agent = sdac("official", polyak=0.25, target_period=1)
+    slow = [p.clone() for p in agent.target_critic.parameters()]
+    average = [p.clone() for p in agent.average.parameters()]
+    agent.update(filled_replay())
+    for before, after, fast in zip(
+        slow, agent.target_critic.parameters(), agent.critic.parameters(), strict=True
+    ):
+        torch.testing.assert_close(after, before + 0.25 * (fast - before))
+    for before, after, fast in zip(
+        average, agent.average.parameters(), agent.policy.parameters(), strict=True
+    ):
+        torch.testing.assert_close(after, before + 0.25 * (fast - before))
+
+
+@pytest.mark.parametrize(("entropy", "kappa"), [(-0.9, 0.98388), (-1.5, 0.53996)])
+def test_the_tuned_noise_ends_at_the_golden_numbers(entropy, kappa):
+    path = kappa_path(5.0, entropy, 7e-3, 4000)
+    assert path[-1] == pytest.approx(kappa, abs=2e-4)
+    log_kappa = torch.tensor(math.log(5.0), dtype=DOUBLE)
+    optimiser = torch.optim.Adam([log_kappa], lr=7e-3)
+    for value in path[:500]:
+        assert value == pytest.approx(math.exp(float(log_kappa)), rel=1e-9)
+        log_kappa.grad = log_kappa + math.log(0.1) + 0.5 * math.log(2 * math.pi * math.e) - entropy
+        optimiser.step()
+
+
+def test_one_candidate_is_the_plain_sampler():
+    agent = sdac()
+    observation = torch.randn(4, OBS, generator=rng())
+    agent.generator.manual_seed(3)
+    action = agent.next_action(batch()._replace(next_observation=observation), False).action
+    assert torch.equal(action, agent.policy.sample(observation, 1, generator=rng(3))[:, 0])
+
+
+def test_the_learning_rate_falls_linearly():
+    agent = sdac(policy_lr_final=0.0, policy_lr_hold=2, policy_lr_decay=4, policy_period=1)
+    rates = []
+    for _ in range(8):
+        agent.update(filled_replay())
+        rates.append(agent.policy_optimiser.param_groups[0]["lr"] / 3e-4)
+    assert rates == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("make", "preset"),
+    [
+        *itertools.product([sdac, dpmd], ["corrected", "official", "icml2025"]),
+        (dpmd, "printed"),
+    ],
+)
+def test_presets_train_and_predict(make, preset):
+    agent = make(preset, policy_period=1)
+    metrics = agent.update(filled_replay())
+    assert all(bool(value.isfinite()) for value in metrics.values())
+    action, state = agent.predict(np.zeros(OBS), deterministic=True)
+    assert action.shape == (ACT,) and state is None and np.abs(action).max() <= 1
+
+
+def test_exploiting_is_a_function_of_the_observation():
+    agent = sdac()
+    observation = np.random.default_rng(0).normal(size=(6, OBS)).astype(np.float32)
+    together, _ = agent.predict(observation, deterministic=True)
+    alone = [agent.predict(row, deterministic=True)[0] for row in observation]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    exploring = [agent.predict(observation)[0] for _ in range(2)]
+    assert not np.array_equal(*exploring)
+
+
+@pytest.mark.parametrize("make", [sdac, dpmd])
+def test_saved_agents_act_the_same(make, tmp_path):
+    from rl import load
+
+    agent = make()
+    agent.low, agent.high = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
+    agent.update(filled_replay())
+    agent.save(tmp_path / "agent.pt")
+    again = load(tmp_path / "agent.pt", device="cpu")
+    observation = np.ones((4, OBS), np.float32)
+    np.testing.assert_array_equal(
+        agent.predict(observation, deterministic=True)[0],
+        again.predict(observation, deterministic=True)[0],
+    )
+    assert dataclasses.asdict(agent.config) == dataclasses.asdict(again.config)
+
+
+def test_nothing_is_read_back_in_an_update():
+    """The host never waits for a value: what a captured graph needs."""
+    from tests.exact import NoReadBack
+
+    replay = filled_replay()
+    for agent in (sdac(policy_period=1), dpmd(policy_period=1), dpmd("official", policy_period=1)):
+        agent.update(replay)
+        with NoReadBack():
+            agent.update(replay)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (SDACConfig, {"num_draws": 0}, "num_draws must be at least 1, got 0"),
+        (SDACConfig, {"discount": 1.0}, r"discount must be in \[0, 1\), got 1.0"),
+        (SDACConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        (SDACConfig, {"proposal": "none"}, "proposal must be one of .* got 'none'"),
+        (SDACConfig, {"temperature_rule": "kappa"}, "kappa must be given"),
+        (SDACConfig, {"soft_target": True}, "noise must be positive for soft_target"),
+        (SDACConfig, {"schedule": "quadratic"}, "schedule must be one of"),
+        (SDACConfig, {"replay_size": 10}, "replay_size must be at least batch_size 256, got 10"),
+        (SDACConfig, {"updates_per_step": 0}, "updates_per_step must be positive"),
+        (SDACConfig, {"noise": -1.0}, "noise must be at least 0 and finite, got -1.0"),
+        (DPMDConfig, {"draws_per_state": 1}, "target_kl must be positive, with draws_per_state"),
+        (
+            DPMDConfig,
+            {"draws_per_state": 2, "target_kl": 0.7},
+            r"target_kl must be below log\(draws_per_state\) = 0.69",
+        ),
+        (
+            DPMDConfig,
+            {"draws_per_state": 2, "policy_states": 300},
+            "policy_states must be at most batch_size 256",
+        ),
+        (DPMDConfig, {"clip": 0.0}, "clip must be positive"),
+    ],
+)
+def test_nonsense_is_refused(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        kind.preset("corrected", **changes)
+
+
+@pytest.mark.bad_input
+def test_presets_and_fields_are_named():
+    with pytest.raises(ValueError, match=r"preset must be one of .'corrected', 'icml2025'"):
+        SDACConfig.preset("best")
+    with pytest.raises(ValueError, match="config must have fields of SDACConfig, got 'alpha'"):
+        SDACConfig.preset(alpha=0.2)
+    with pytest.raises(ValueError, match="config must be a SDACConfig, got DPMDConfig"):
+        SDAC(OBS, ACT, DPMDConfig())
+    with pytest.raises(ValueError, match="observation must have length 3"):
+        sdac().predict(np.zeros(4))

@@ -1,0 +1,316 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import rl
+from rl.cli import main
+from rsm_sampler.checkpoint import CheckpointError
+from rsm_sampler.loggers import JSONLinesLogger, MemoryLogger
+from tests.toy_envs import Counter, Wells
+
+QUICK = {
+    "num_envs": 2,
+    "updates_per_step": 0.5,
+    "warmup_steps": 40,
+    "batch_size": 16,
+    "replay_size": 64,
+    "width": 16,
+    "num_steps": 5,
+    "eval_episodes": 2,
+    "progress": False,
+}
+
+
+def quick(agent="sdac", env="Pendulum-v1", **options):
+    return rl.train(agent, env, **{"total_steps": 80, "eval_every": 0, **QUICK, **options})
+
+
+def parameters(agent):
+    return torch.cat(
+        [p.flatten() for m in agent._modules().values() for p in m.state_dict().values()]
+    )
+
+
+@pytest.mark.parametrize("agent", ["sdac", "dpmd"])
+@pytest.mark.parametrize("env", ["Pendulum-v1", "InvertedPendulum-v5"])
+def test_interrupted_and_resumed_equals_never_interrupted(agent, env, tmp_path):
+    """Bit for bit: networks, optimisers, replay, environments, logs."""
+    whole = quick(agent, env, total_steps=300, run_dir=tmp_path / "whole", eval_every=100)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(progress):
+        if progress.step >= limit:
+            raise Stop
+
+    folder = tmp_path / "parts"
+    for limit in (100, 200):
+        with pytest.raises(Stop):
+            if limit == 100:
+                quick(
+                    agent, env, total_steps=300, run_dir=folder, eval_every=100, callback=stop_at
+                )
+            else:
+                rl.resume(folder, callback=stop_at, progress=False)
+    parts = rl.resume(folder, progress=False)
+    assert torch.equal(parameters(whole), parameters(parts))
+    states = [
+        rl.training.checkpoint.load(tmp_path / name / "checkpoint.pt", kind="run")
+        for name in ("whole", "parts")
+    ]
+    assert json.dumps(states[0], default=lambda t: t.tolist()) == json.dumps(
+        states[1], default=lambda t: t.tolist()
+    )
+    logs = [JSONLinesLogger.read(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
+    for one, other in zip(*logs, strict=True):
+        for key in one:
+            assert key.endswith("per_second") or one[key] == other[key]
+
+
+def test_same_seed_same_run_and_other_seed_another():
+    first, again, other = (parameters(quick(seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_run_folder_holds_what_it_says(tmp_path):
+    agent = quick(run_dir=tmp_path / "run", total_steps=120, eval_every=60)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"run.json", "log.jsonl", "checkpoint.pt", "replay", "last.pt", "best.pt"}
+    log = JSONLinesLogger.read(tmp_path / "run" / "log.jsonl")
+    evaluations = [record for record in log if "eval_mean" in record]
+    assert [record["step"] for record in evaluations] == [60, 120]
+    assert evaluations[-1]["eval_best"] == max(r["eval_mean"] for r in evaluations)
+    last = rl.load(tmp_path / "run" / "last.pt", device="cpu")
+    assert torch.equal(parameters(agent), parameters(last))
+    found = rl.evaluate(last, "Pendulum-v1", episodes=2)
+    assert found.mean == pytest.approx(evaluations[-1]["eval_mean"])
+
+
+def test_updates_are_owed_by_the_step():
+    logger = MemoryLogger()
+    agent = quick(total_steps=140, updates_per_step=0.25, logger=logger, log_every=20)
+    assert agent.updates == 25
+    record = logger.records[-1]
+    for key in ("critic_loss", "temperature", "q_weight_ess", "updates_per_second", "updates"):
+        assert key in record
+
+
+def test_warmup_counts_or_not():
+    assert quick(total_steps=60, updates_per_step=0.5).updates == 10
+    assert quick(total_steps=60, updates_per_step=0.5, count_warmup=False).updates == 30
+
+
+def test_transitions_do_not_cross_an_end(tmp_path):
+    """What the replay holds of an environment that counts its steps."""
+    for terminates in (True, False):
+        folder = tmp_path / str(terminates)
+        quick(
+            "sdac",
+            lambda t=terminates: Counter(3, t),
+            run_dir=folder,
+            total_steps=60,
+        )
+        state = rl.training.checkpoint.load(folder / "checkpoint.pt", kind="run")
+        replay = rl.ReplayBuffer(64, 2, 1)
+        replay.load(folder / "replay", state["transitions"])
+        batch = replay.all()
+        assert torch.equal(batch.observation[:, 0], batch.next_observation[:, 0])
+        assert torch.equal(batch.observation[:, 1] + 1, batch.next_observation[:, 1])
+        last = batch.next_observation[:, 1] == 3
+        assert torch.equal(batch.terminated > 0, last if terminates else last & False)
+
+
+def test_an_environment_by_hand(tmp_path):
+    environment = gym.make("Pendulum-v1")
+    agent = rl.train_sdac(
+        environment, total_steps=60, **{**QUICK, "num_envs": 1}, run_dir=tmp_path / "run"
+    )
+    assert rl.evaluate(agent, environment, episodes=1).lengths.tolist() == [200]
+    with pytest.raises(ValueError, match="env must be given for a run on Pendulum-v1"):
+        rl.resume(tmp_path / "run")
+    rl.resume(tmp_path / "run", env=gym.make("Pendulum-v1"), total_steps=70, progress=False)
+
+
+def test_observations_are_standardised():
+    agent = quick("sdac", normalise_observations=True)
+    assert float(agent.moments.count) == 80
+    x = torch.randn(1000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moments = rl.off_policy.RunningMoments(3)
+    for part in (5 + 2 * x).split(93):
+        moments.update(part)
+    torch.testing.assert_close(moments.mean, (5 + 2 * x).mean(0))
+    torch.testing.assert_close(moments.variance, (5 + 2 * x).var(0, correction=0))
+    assert moments(5 + 2 * x).std(0).sub(1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("bad", ["nan", "raise"])
+def test_a_failing_environment_leaves_a_saved_run(bad, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(rl.EnvironmentFailure, match="at step"):
+        quick("sdac", lambda: Counter(9, bad_step=30, bad=bad), run_dir=folder)
+    state = rl.training.checkpoint.load(folder / "checkpoint.pt", kind="run")
+    assert state["step"] == 58 and state["transitions"] == 58
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    code = (
+        "import rl, sys; rl.train_sdac('Pendulum-v1', total_steps=10**6, run_dir=sys.argv[1], "
+        "num_envs=2, warmup_steps=40, batch_size=16, replay_size=64, width=16, eval_every=0, "
+        "log_every=50)"
+    )
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"go on with: rsm-rl resume {folder}" in out
+    state = rl.training.checkpoint.load(folder / "checkpoint.pt", kind="run")
+    agent = rl.resume(folder, total_steps=state["step"] + 20, progress=False)
+    assert agent.updates == state["agent"]["updates"] + 4
+
+
+def test_evaluation_is_the_same_every_time():
+    agent = quick()
+    first, again = (rl.evaluate(agent, "Pendulum-v1", episodes=3) for _ in range(2))
+    np.testing.assert_array_equal(first.returns, again.returns)
+    assert first.lengths.tolist() == [200] * 3 and first.std > 0
+    other = rl.evaluate(agent, "Pendulum-v1", episodes=3, seed=5)
+    assert not np.array_equal(first.returns, other.returns)
+
+
+def test_video(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    pytest.importorskip("pygame")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    path = tmp_path / "film.gif"
+    rl.evaluate(quick(), "Pendulum-v1", episodes=1, video=path)
+    assert path.stat().st_size > 10_000
+
+
+def test_command_line(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    train = [
+        "train",
+        "sdac",
+        "--env-id",
+        "Pendulum-v1",
+        "--total-steps",
+        "60",
+        "--run-dir",
+        folder,
+    ]
+    fields = [f"{k}={v}" for k, v in QUICK.items() if k not in ("eval_episodes", "progress")]
+    train += ["--eval-every", "60", "--eval-episodes", "2", "--set", *fields]
+    assert main(train) == 0
+    assert main(["resume", folder, "--total-steps", "70"]) == 0
+    assert main(["evaluate", folder, "--episodes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "last.pt" in out and "sdac on Pendulum-v1: return -" in out
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "no run at" in capsys.readouterr().err
+    assert main([*train[:2], "--env-id", "Pendulum-v1", "--total-steps", "9", "--set", "x=1"]) == 2
+    assert "config must have fields of SDACConfig, got 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.bad_input
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    quick(run_dir=folder)
+    with pytest.raises(ValueError, match=r"run_dir must be new or hold this run, .* seed 0"):
+        quick(run_dir=folder, seed=1)
+    with pytest.raises(ValueError, match="with config"):
+        quick(run_dir=folder, width=8)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="with other files"):
+        quick(run_dir=tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"no run at .*: there is no run\.json"):
+        rl.resume(tmp_path / "nothing")
+
+
+@pytest.mark.bad_input
+def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
+    quick().save(tmp_path / "sdac.pt")
+    state = rl.training.checkpoint.load(tmp_path / "sdac.pt", kind="agent")
+    agent = rl.DPMD(3, 1, rl.DPMDConfig(width=16), device="cpu")
+    with pytest.raises(CheckpointError, match="must be of an agent with agent dpmd, got sdac"):
+        agent.load_state(state)
+    (tmp_path / "broken.pt").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        rl.load(tmp_path / "broken.pt")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
+        ({"config": "best"}, "preset must be one of"),
+        ({"config": rl.SDACConfig()}, "config must be a preset's name to change"),
+        ({"agent": "ddpg"}, "agent must be one of .'dpmd', 'sdac'"),
+        ({"env": "CartPole-v1"}, "Box of one axis as action space"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        quick(**options)
+
+
+@pytest.mark.bad_input
+def test_evaluation_refuses_another_environment():
+    with pytest.raises(ValueError, match="env must have the agent's observation_dim 3, got 4"):
+        rl.evaluate(quick(), "InvertedPendulum-v5", episodes=1)
+
+
+def test_a_replay_that_does_not_fit_is_announced(monkeypatch):
+    monkeypatch.setattr("rl.training._free_memory", lambda: 100.0)
+    with pytest.warns(ResourceWarning, match="64 transitions"):
+        quick()
+
+
+@pytest.mark.parametrize("agent", ["sdac", "dpmd"])
+def test_learns_a_bandit(agent):
+    """Most draws of the learned policy lie near one of the two good actions.
+
+    Uniform draws do so with probability 0.8 x 2 / 2 = 0.8 of the box at 0.4; at 0.2 it is 0.4.
+    """
+    options = {"num_draws": 32, "target_entropy": 0.0} if agent == "sdac" else {"noise": 0.05}
+    trained = rl.train(
+        agent,
+        Wells,
+        total_steps=900,
+        num_envs=5,
+        updates_per_step=1.0,
+        warmup_steps=500,
+        batch_size=128,
+        width=48,
+        num_steps=10,
+        eval_every=0,
+        progress=False,
+        policy_period=1,
+        policy_lr=2e-3,
+        critic_lr=2e-3,
+        **options,
+    )
+    draws = trained.predict(np.zeros((600, 1)))[0][:, 0]
+    near = np.minimum(abs(draws - 0.5), abs(draws + 0.5))
+    assert (near < 0.2).mean() > 0.55
