@@ -19,12 +19,14 @@ from rl.environments import EnvironmentFailure, Environments, EnvironmentSource
 from rl.evaluation import Evaluation, evaluate
 from rl.off_policy import AgentConfig, OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
+from rl.sac import SAC, SACConfig
 from rl.sdac import SDAC, SDACConfig
 from rl.training import AGENTS, RunProgress, load, resume, train
 
 __all__ = [
     "AGENTS",
     "DPMD",
+    "SAC",
     "SDAC",
     "AgentConfig",
     "Batch",
@@ -36,12 +38,14 @@ __all__ = [
     "OffPolicyAgent",
     "ReplayBuffer",
     "RunProgress",
+    "SACConfig",
     "SDACConfig",
     "evaluate",
     "load",
     "resume",
     "train",
     "train_dpmd",
+    "train_sac",
     "train_sdac",
 ]
 
@@ -120,4 +124,42 @@ def train_dpmd(
         **options,
     )
     assert isinstance(agent, DPMD)
+    return agent
+
+
+def train_sac(
+    env: EnvironmentSource,
+    *,
+    total_steps: int,
+    seed: int = 0,
+    config: SACConfig | str = "corrected",
+    run_dir: str | os.PathLike[str] | None = None,
+    **options: Any,  # noqa: ANN401
+) -> SAC:
+    """Train soft actor-critic with a Gaussian policy; arguments as for :func:`train_sdac`.
+
+    Arguments:
+        env: An id, a function that makes an environment, or an environment.
+        total_steps: Environment steps.
+        seed: Decides everything.
+        config: An :class:`SACConfig` or the name of a preset.
+        run_dir: Folder for log, checkpoints and agents.
+        **options: As for :func:`train`, and fields of the configuration.
+
+    Returns:
+        The trained agent.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    agent = train(
+        "sac",
+        env,
+        total_steps=total_steps,
+        seed=seed,
+        config=config,
+        run_dir=run_dir,
+        **options,
+    )
+    assert isinstance(agent, SAC)
     return agent

@@ -409,7 +409,7 @@ class OffPolicyAgent(ABC):
         if with_policy:
             policy_loss, more = self.policy_loss(batch, drawn)
             self.policy_optimiser.zero_grad()
-            policy_loss.backward()
+            policy_loss.backward(inputs=list(self.policy.parameters()))
             self.policy_optimiser.step()
             metrics |= {"policy_loss": policy_loss.detach(), **more}
             metrics |= self.after_policy_step(batch, drawn)

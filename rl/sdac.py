@@ -48,6 +48,7 @@ from torch import Tensor
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.off_policy import NextAction
 from rl.replay import Batch
+from rsm_sampler.annealing import annealed_estimate
 from rsm_sampler.estimators import posterior_estimate
 from rsm_sampler.kernels import Kernel, ReverseKernel, TruncatedReverseKernel, forward_kernel
 from rsm_sampler.losses import estimate_loss, noise_weight
@@ -66,6 +67,9 @@ class SDACConfig(DiffusionConfig):
     Attributes:
         num_draws: Candidates K of each noisy action.
         truncated: Whether candidates come from the kernel within the box.
+        anneal_stages: Stages of sequential Monte Carlo that lead the candidates towards the
+            posterior; each costs as many critic values again. For temperatures so low that K
+            independent candidates miss it (``q_weight_ess`` near 1/K).
         proposal: h_t: the noised ``"replay"`` action, ``"uniform"`` on the box, the last
             ``"policy"``'s action as it is, or noised.
         temperature: Lambda at the start, in units of scaled reward.
@@ -81,6 +85,7 @@ class SDACConfig(DiffusionConfig):
 
     num_draws: int = 64
     truncated: bool = True
+    anneal_stages: int = 0
     proposal: ProposalName = "replay"
     temperature: float = 1.0
     temperature_rule: TemperatureRule = "entropy"
@@ -93,6 +98,11 @@ class SDACConfig(DiffusionConfig):
         super().__post_init__()
         if self.num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
+        if self.anneal_stages < 0 or (self.anneal_stages > 0 and not self.truncated):
+            raise ValueError(
+                "anneal_stages must be at least 0, and 0 without truncated, "
+                f"got {self.anneal_stages}"
+            )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not 0 <= self.temperature_lr < 1:
@@ -185,9 +195,21 @@ class SDAC(DiffusionAgent):
             inside = candidates if config.truncated else candidates.clamp(-1.0, 1.0)
             return -inverse * self.critic.minimum(observation.unsqueeze(1), inside)
 
-        estimate = posterior_estimate(
-            energy, x_t, sigma, self._kernel, config.num_draws, generator=self.generator
-        )
+        if config.anneal_stages > 0:
+            estimate = annealed_estimate(
+                energy,
+                x_t,
+                sigma,
+                config.num_draws,
+                stages=config.anneal_stages,
+                low=-1.0,
+                high=1.0,
+                generator=self.generator,
+            )
+        else:
+            estimate = posterior_estimate(
+                energy, x_t, sigma, self._kernel, config.num_draws, generator=self.generator
+            )
         weight = noise_weight if config.prediction == "noise" else None
         loss = estimate_loss(
             self.policy.denoiser,

@@ -41,6 +41,7 @@ from rl.environments import Environments, EnvironmentSource, describe
 from rl.evaluation import evaluate
 from rl.off_policy import AgentConfig, OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
+from rl.sac import SAC
 from rl.sdac import SDAC
 from rsm_sampler import __version__, checkpoint
 from rsm_sampler.interrupts import deferred_interrupt
@@ -48,7 +49,7 @@ from rsm_sampler.loggers import JSONLinesLogger, Logger
 
 __all__ = ["AGENTS", "RunProgress", "load", "read_about", "resume", "train"]
 
-AGENTS: dict[str, type[OffPolicyAgent]] = {"sdac": SDAC, "dpmd": DPMD}
+AGENTS: dict[str, type[OffPolicyAgent]] = {"sdac": SDAC, "dpmd": DPMD, "sac": SAC}
 _LOG = logging.getLogger(__name__)
 _KIND, _VERSION = "run", 1
 

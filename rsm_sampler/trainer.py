@@ -632,12 +632,11 @@ class EnergyDiffusionTrainer:
                 )
                 self.energy.check(draws.x)
                 # Every context has its own Z. The record holds the mean of the logarithms, and the
-                # ESS that nine of ten contexts exceed: one sampler has to serve them all.
+                # least ESS: one sampler has to serve them all.
                 log_weight = draws.log_weight.double().view(1 if context is None else groups, -1)
                 log_z = torch.logsumexp(log_weight, -1) - math.log(log_weight.shape[-1])
                 record["log_z"] = float(log_z.mean())
-                shares = torch.tensor([_share(row) for row in log_weight], dtype=torch.float64)
-                record["ess"] = float(torch.quantile(shares, 0.1))
+                record["ess"] = min(map(_share, log_weight))
             except BudgetExceededError:
                 pass
         record["evaluations"] = float(self.evaluations)

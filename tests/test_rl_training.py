@@ -39,7 +39,7 @@ def parameters(agent):
     )
 
 
-@pytest.mark.parametrize("agent", ["sdac", "dpmd"])
+@pytest.mark.parametrize("agent", ["sdac", "dpmd", "sac"])
 @pytest.mark.parametrize("env", ["Pendulum-v1", "InvertedPendulum-v5"])
 def test_interrupted_and_resumed_equals_never_interrupted(agent, env, tmp_path):
     """Bit for bit: networks, optimisers, replay, environments, logs."""
@@ -266,7 +266,7 @@ def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
         ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
         ({"config": "best"}, "preset must be one of"),
         ({"config": rl.SDACConfig()}, "config must be a preset's name to change"),
-        ({"agent": "ddpg"}, "agent must be one of .'dpmd', 'sdac'"),
+        ({"agent": "ddpg"}, "agent must be one of .'dpmd', 'sac', 'sdac'"),
         ({"env": "CartPole-v1"}, "Box of one axis as action space"),
     ],
 )

@@ -1,0 +1,269 @@
+"""Does a policy's law come out right? Bandits on a box with a known Q.
+
+    python examples/benchmarks/bandit.py                    # all that is not measured yet
+    python examples/benchmarks/bandit.py --dims 1 --widths 0.2
+
+There is one state, and Q / lambda is the logarithm of two unequal wells (0.7 and 0.3) of width
+sigma at +0.4 and -0.4 in every coordinate, on the box [-1, 1]^d.
+
+SDAC trains on loss (14) with its own replay, which its policy fills. Its marginals are compared
+with those of the same chain under the exact denoiser at T = 20 (the discretisation is then the
+same on both sides), and with exp(Q / lambda) itself at T = 400.
+
+DPMD takes five mirror steps from its own samples. Each iterate is compared with the exact step
+from its actual predecessor (samples of the predecessor, weighted by exp(Q / (5 lambda))), and the
+last with the exact law of five steps from the uniform one: the drift of resampling.
+
+Marginals are over 50 bins, n = 10^5; the total variation of the worst coordinate is reported,
+beside its floor, what as many exact draws give. Results go to docs/results/bandit.json.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import rl
+from rl.off_policy import NextAction
+from rsm_sampler import __version__
+from rsm_sampler.metrics import total_variation_floor
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bandit.json"
+PLACE, SHARES = 0.4, (0.7, 0.3)
+EDGES = torch.linspace(-1, 1, 51, dtype=torch.float64)
+
+
+class Wells:
+    """Two wells: values, exact denoiser, exact marginal."""
+
+    def __init__(self, dim: int, width: float, power: float = 1.0) -> None:
+        self.dim, self.width = dim, width
+        self.loc = PLACE * torch.tensor([1.0, -1.0], dtype=torch.float64)
+        self.log_share = torch.tensor(SHARES, dtype=torch.float64).log()
+        self.power = power
+
+    def log_density(self, a: Tensor) -> Tensor:
+        """Q / lambda."""
+        distance = (a.double().unsqueeze(-1) - self.loc).square().sum(-2) / 2 / self.width**2
+        return torch.logsumexp(self.log_share - distance, -1)
+
+    def minimum(self, observation: Tensor, a: Tensor) -> Tensor:
+        """What the agent takes for its critic."""
+        return (self.power * self.log_density(a)).to(a.dtype)
+
+    def denoiser(self, x: Tensor, sigma: float) -> Tensor:
+        """E[a | x] on the box, exactly."""
+        x = x.double().unsqueeze(-1)
+        variance = 1 / (1 / self.width**2 + 1 / sigma**2)
+        centre = variance * (self.loc / self.width**2 + x / sigma**2)
+        std = math.sqrt(variance)
+        low, high = (-1 - centre) / std, (1 - centre) / std
+        flip = low > 0  # to the lower tail, where log_ndtr is precise
+        low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+        log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+        log_mass = log_high + torch.log1p(-torch.exp(log_low - log_high))
+        log_pdf = 0.5 * math.log(2 * math.pi)
+        edge = torch.exp(-0.5 * low**2 - log_pdf - log_mass) - torch.exp(
+            -0.5 * high**2 - log_pdf - log_mass
+        )
+        mean = centre + torch.where(flip, -std, std) * edge
+        total = self.width**2 + sigma**2
+        log_weight = self.log_share + (log_mass - (x - self.loc).square() / 2 / total).sum(-2)
+        return (torch.softmax(log_weight, -1).unsqueeze(-2) * mean).sum(-1)
+
+    def marginal(self) -> Tensor:
+        """Bin masses of one coordinate; all coordinates are alike."""
+        cdf = torch.special.ndtr((EDGES.unsqueeze(-1) - self.loc) / self.width)
+        mass = cdf[-1] - cdf[0]
+        weight = self.log_share.exp() * mass ** (self.dim - 1)
+        cells = (cdf.diff(dim=0) * weight).sum(-1)
+        return cells / cells.sum()
+
+
+def histogram(a: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Bin masses of every coordinate, (dim, 50)."""
+    index = torch.bucketize(a.double().contiguous(), EDGES[1:-1], right=True)
+    weight = torch.ones(len(a), dtype=torch.float64) if weight is None else weight.double()
+    rows = [torch.bincount(column, weight, minlength=50) for column in index.T]
+    return torch.stack(rows) / weight.sum()
+
+
+def worst(p: Tensor, q: Tensor) -> float:
+    """Total variation of the worst coordinate."""
+    return float(0.5 * (p - q).abs().sum(-1).max())
+
+
+def draw(policy: rl.policies.DiffusionPolicy, n: int, generator: torch.Generator) -> Tensor:
+    """Actions of the only state."""
+    return policy.sample(torch.zeros(n, 1), 1, generator=generator)[:, 0]
+
+
+def optimise(agent: rl.OffPolicyAgent, loss: Tensor, fraction: float) -> None:
+    """A step with a learning rate that falls to nothing."""
+    for group in agent.policy_optimiser.param_groups:
+        group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * fraction)) + 1e-6
+    agent.policy_optimiser.zero_grad()
+    loss.backward()
+    agent.policy_optimiser.step()
+
+
+def batch_of(action: Tensor) -> rl.Batch:
+    """Transitions of the only state."""
+    zero = torch.zeros(len(action))
+    return rl.Batch(torch.zeros(len(action), 1), action, zero, torch.zeros(len(action), 1), zero)
+
+
+def sdac(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
+    """Train, and compare."""
+    started = time.perf_counter()
+    target, generator = Wells(dim, width), torch.Generator().manual_seed(seed + 100)
+    config = rl.SDACConfig(
+        num_steps=num_steps,
+        temperature=1.0,
+        temperature_rule="fixed",
+        batch_size=512,
+        num_draws=256,
+        anneal_stages={1: 0, 2: 8, 6: 24}[dim] if width < 0.5 else 0,
+    )
+    agent = rl.SDAC(1, dim, config, seed=seed, device="cpu")
+    agent.critic = target
+    replay = rl.ReplayBuffer(20_000, 1, dim)
+    replay.add(batch_of(2 * torch.rand(2000, dim, generator=generator) - 1))
+    for i in range(steps):
+        if i % 20 == 19:
+            replay.add(batch_of(draw(agent.policy, 512, agent.generator)))
+        batch = replay.sample(config.batch_size, generator=agent.generator)
+        loss, _ = agent.policy_loss(batch, NextAction(batch.action))
+        optimise(agent, loss, i / steps)
+    n = 100_000
+    mine = histogram(draw(agent.policy, n, generator))
+    record = {"seconds": time.perf_counter() - started}
+    exact = target.marginal()
+    record["floor"] = float(total_variation_floor(exact, n))
+    record["tv_law"] = worst(mine, exact)
+    exact_chain = _ExactPolicy(target)
+    chain = agent.policy._chain.around(exact_chain)
+    reference = torch.cat(
+        [chain.sample(n, generator=generator) for _ in range(4 if num_steps <= 20 else 1)]
+    )
+    record["tv_chain"] = worst(mine, histogram(reference))
+    record["tv_chain_law"] = worst(histogram(reference), exact)
+    return record
+
+
+class _ExactPolicy:
+    by_number = True
+
+    def __init__(self, target: Wells) -> None:
+        self.target = target
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        parts = [self.target.denoiser(part, sigma) for part in x.split(20_000)]
+        return torch.cat(parts).to(x.dtype).clamp(-1, 1)
+
+
+def dpmd(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
+    """Five mirror steps, each against the exact one from its actual predecessor."""
+    started = time.perf_counter()
+    target, rounds = Wells(dim, width, power=0.2), 5
+    generator = torch.Generator().manual_seed(seed + 100)
+    config = rl.DPMDConfig(
+        num_steps=num_steps,
+        draws_per_state=256,
+        policy_states=2,
+        batch_size=256,
+        old_policy_period=10**9,
+        target_kl=None,
+        temperature=1.0,
+        temperature_final=1.0,
+        noise=0.0,
+    )
+    agent = rl.DPMD(1, dim, config, seed=seed, device="cpu")
+    agent.critic = target
+    n, found = 100_000, []
+    previous = 2 * torch.rand(n, dim, generator=generator) - 1  # the uniform policy
+    for _ in range(rounds):
+        for i in range(steps):
+            index = torch.randint(n, (2 * 256,), generator=generator)
+            draws = previous[index].view(2, 256, dim)
+            loss, _ = agent.policy_loss(
+                batch_of(draws[:, 0]), NextAction(draws[:, 0], draws=draws)
+            )
+            optimise(agent, loss, i / steps)
+        weight = torch.softmax(target.power * target.log_density(previous), 0)
+        wanted = histogram(previous, weight)
+        previous = draw(agent.policy, n, generator)
+        found.append(worst(histogram(previous), wanted))
+    exact = target.marginal()  # five steps of a fifth
+    return {
+        "seconds": time.perf_counter() - started,
+        "tv_steps": found,
+        "tv_worst_step": max(found),
+        "tv_after_five": worst(histogram(previous), exact),
+        "floor": float(total_variation_floor(exact, n)),
+    }
+
+
+def load() -> dict:
+    """All results so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def store(key: str, record: dict) -> None:
+    """Add one result; several processes may do so."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    record["machine"] = {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rsm_sampler": __version__,
+    }
+    with Path(tempfile.gettempdir(), "rsm_sampler_bandit.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = {**load(), key: record}
+        temporary = RESULTS.with_suffix(".tmp")
+        temporary.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        temporary.replace(RESULTS)
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dims", type=int, nargs="*", default=[1, 2, 6])
+    parser.add_argument("--widths", type=float, nargs="*", default=[0.5, 0.2, 0.08])
+    parser.add_argument("--agents", nargs="*", default=["sdac", "dpmd"])
+    parser.add_argument("--num-steps", type=int, nargs="*", default=[20, 400])
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for agent in arguments.agents:
+        for num_steps in arguments.num_steps:
+            for dim in arguments.dims:
+                for width in arguments.widths:
+                    key = f"{agent} d={dim} sigma={width} T={num_steps}/{arguments.seed}"
+                    if key in load() or (agent == "dpmd" and num_steps == 20):
+                        continue
+                    measure = sdac if agent == "sdac" else dpmd
+                    record = measure(dim, width, num_steps, arguments.steps, arguments.seed)
+                    store(key, record)
+                    short = {
+                        k: round(v, 4) if isinstance(v, float) else v
+                        for k, v in record.items()
+                        if k != "machine"
+                    }
+                    print(key, short, flush=True)
+
+
+if __name__ == "__main__":
+    main()
