@@ -11,8 +11,12 @@
 and :func:`load` keep an agent, and :func:`resume` goes on with an interrupted run.
 """
 
+import importlib.util
 import os
 from typing import Any
+
+if importlib.util.find_spec("gymnasium") is None:
+    raise ImportError("rl needs gymnasium: pip install 'rsm-sampler[rl]'", name="gymnasium")
 
 from rl.dpmd import DPMD, DPMDConfig
 from rl.environments import EnvironmentFailure, Environments, EnvironmentSource

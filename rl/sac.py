@@ -75,7 +75,7 @@ class SAC(OffPolicyAgent):
         self._log_temperature = torch.full((), start, device=self.device, requires_grad=True)
         cuda = self.device.type == "cuda"
         self.temperature_optimiser = torch.optim.Adam(
-            [self._log_temperature], lr=self.config.temperature_lr, capturable=cuda
+            [self._log_temperature], lr=self.config.temperature_lr, fused=True, capturable=cuda
         )
         return EnsembleMLP(
             [self.observation_dim],

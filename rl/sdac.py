@@ -50,7 +50,7 @@ from rl.off_policy import NextAction
 from rl.replay import Batch
 from rsm_sampler.annealing import annealed_estimate
 from rsm_sampler.estimators import posterior_estimate
-from rsm_sampler.kernels import Kernel, ReverseKernel, TruncatedReverseKernel, forward_kernel
+from rsm_sampler.kernels import ReverseKernel, TruncatedReverseKernel, forward_kernel
 from rsm_sampler.losses import estimate_loss, noise_weight
 from rsm_sampler.proposals import UniformProposal
 
@@ -78,8 +78,8 @@ class SDACConfig(DiffusionConfig):
         target_entropy: Entropy per dimension that is tuned for, in nats; the uniform law on
             [-1, 1] has 0.69, a normal one of standard deviation 0.1 has -0.6.
         temperature_lr: Rate of log lambda.
-        soft_target: Whether the target subtracts lambda log pi(a'|s'), estimated by the density of
-            the exploration noise. Off, because that is the same number for every state: a bonus
+        soft_target: Whether the target subtracts lambda times the log-probability of its action,
+            estimated by the density of the exploration noise. Off, because that is the same number for every state: a bonus
             or penalty for staying alive and nothing else.
     """
 
@@ -145,7 +145,7 @@ class SDAC(DiffusionAgent):
         self._log_temperature = torch.full(
             (), math.log(config.temperature), dtype=torch.float64, device=self.device
         )
-        self._kernel: Kernel = (
+        self._kernel: ReverseKernel | TruncatedReverseKernel = (
             TruncatedReverseKernel(-1.0, 1.0) if config.truncated else ReverseKernel()
         )
         one = torch.ones(self.action_dim, device=self.device)
@@ -200,10 +200,9 @@ class SDAC(DiffusionAgent):
                 energy,
                 x_t,
                 sigma,
+                self._kernel,
                 config.num_draws,
                 stages=config.anneal_stages,
-                low=-1.0,
-                high=1.0,
                 generator=self.generator,
             )
         else:

@@ -33,11 +33,10 @@ def annealed_estimate(
     energy: Callable[..., Tensor],
     x_t: Float[Tensor, "n dim"],
     sigma: Float[Tensor, " n"],
+    kernel: ReverseKernel | TruncatedReverseKernel,
     num_draws: int,
     *,
     stages: int,
-    low: float = -math.inf,
-    high: float = math.inf,
     generator: torch.Generator | None = None,
 ) -> PosteriorEstimate:
     r"""Estimate of the denoiser :math:`D = \mathbb E[x_0 | x_t]` by sequential Monte Carlo.
@@ -46,18 +45,17 @@ def annealed_estimate(
         energy: The energy of clean points, (n, K, dim) to (n, K); called ``stages + 1`` times.
         x_t: Noisy points, (n, dim).
         sigma: Their noise scales, (n), positive.
+        kernel: Where the particles start: the reverse kernel, plain or within a box.
         num_draws: Particles K of each noisy point.
         stages: Resampling stages; with 0 it is
             :func:`~rsm_sampler.estimators.posterior_estimate`.
-        low: Lower end of the box of clean points, the same in each coordinate.
-        high: Its upper end.
         generator: Source of randomness, on the device of x_t.
 
     Returns:
         The estimate. Its effective sample size is that of the last stage's weights.
 
     Raises:
-        ValueError: If stages is negative.
+        ValueError: If stages is negative or the kernel is another one.
 
     Note:
         This goes beyond the paper, whose candidates are independent (``stages`` = 0).
@@ -71,14 +69,23 @@ def annealed_estimate(
         ...     return ((x - 0.5) / 0.02).square().sum(-1) / 2
         >>> x_t, sigma = torch.zeros(4, 3), torch.full((4,), 0.5)
         >>> rng = torch.Generator().manual_seed(0)
-        >>> estimate = annealed_estimate(energy, x_t, sigma, 64, stages=20, generator=rng)
+        >>> estimate = annealed_estimate(
+        ...     energy, x_t, sigma, ReverseKernel(), 64, stages=20, generator=rng
+        ... )
         >>> bool((estimate.mean - 0.5).abs().max() < 0.02)
         True
     """
     if stages < 0:
         raise ValueError(f"stages must be at least 0, got {stages}")
-    bounded = low > -math.inf or high < math.inf
-    kernel = TruncatedReverseKernel(low, high) if bounded else ReverseKernel()
+    if isinstance(kernel, TruncatedReverseKernel):
+        low, high = kernel.low, kernel.high
+    elif isinstance(kernel, ReverseKernel):
+        low, high = -math.inf, math.inf
+    else:
+        raise ValueError(
+            "kernel must be a ReverseKernel or a TruncatedReverseKernel, "
+            f"got {type(kernel).__name__}"
+        )
     draws = kernel.draw(x_t, sigma, num_draws, generator=generator)
     x, constant = draws.x_0, draws.log_constant
     assert constant is not None
@@ -134,8 +141,8 @@ def _move(
     x_t: Tensor,
     variance: Tensor,
     beta: Tensor,
-    low: float,
-    high: float,
+    low: Tensor | float,
+    high: Tensor | float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """A random-walk Metropolis step of all particles, as long as their spread allows."""
@@ -144,7 +151,7 @@ def _move(
     noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     new = x + spread * noise
     inside = ((new >= low) & (new <= high)).all(-1)
-    new_value = energy(new.clamp(low, high))
+    new_value = energy(torch.where(inside.unsqueeze(-1), new, x))
     centre, twice = x_t.unsqueeze(1), 2 * variance
     old_distance = (x - centre).square().sum(-1)
     new_distance = (new - centre).square().sum(-1)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rsm_sampler.networks import MLP, shared_level
+from rsm_sampler.networks import MLP, EnsembleMLP, mish, shared_level
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64
@@ -11,6 +11,10 @@ DOUBLE = torch.float64
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, dtype=DOUBLE, generator=rng(seed))
 
 
 def network(dim=2, **kwargs):
@@ -134,3 +138,78 @@ def test_the_state_makes_the_same_network():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- ensembles --------------------------------------------------------------------------
+
+
+def test_mish_and_its_gradient():
+    x = torch.linspace(-60, 90, 3001, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    mine, theirs = mish(x), torch.nn.functional.mish(y)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+    for value in (mine, theirs):
+        value.sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-13)
+    with torch.no_grad():
+        torch.testing.assert_close(mish(x), theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_an_ensemble_is_its_members():
+    ensemble = EnsembleMLP([3, 2], 4, members=3, width=8, depth=2, generator=rng()).double()
+    x, y = normal(7, 3), normal(7, 2)
+    whole = ensemble(x, y)
+    for i in range(3):
+        h = torch.cat([x, y], -1)
+        for weight, bias in zip(ensemble.weights, ensemble.biases, strict=True):
+            last = weight is ensemble.weights[-1]
+            h = h @ weight[i] + bias[i]
+            h = h if last else torch.nn.functional.mish(h)
+        torch.testing.assert_close(whole[i], h)
+    assert not torch.allclose(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("n", [3, 40])
+def test_shared_pieces_are_as_if_repeated(n, grad):
+    """Pieces with an axis of size one, or without it; in chunks where there are many rows."""
+    ensemble = EnsembleMLP([3, 2], 1, members=2, width=8, generator=rng()).double()
+    state, action = normal(n, 1, 3), normal(n, 100, 2)
+    with torch.set_grad_enabled(grad):
+        expected = ensemble(state.expand(n, 100, 3).reshape(-1, 3), action.reshape(-1, 2))
+        torch.testing.assert_close(ensemble(state, action), expected.view(2, n, 100, 1))
+        alone = ensemble(state[0, 0], action[0])
+        torch.testing.assert_close(alone, expected.view(2, n, 100, 1)[:, 0])
+
+
+def test_initial_weights_are_those_of_the_published_code():
+    """Normal with deviation 1/sqrt(inputs), cut at twice that: deviation 0.8796 of it."""
+    ensemble = EnsembleMLP([256], 1, members=4, width=256, generator=rng())
+    weight = ensemble.weights[1] * 16
+    assert weight.abs().max() <= 2 and weight.std().item() == pytest.approx(0.8796, abs=0.005)
+    assert all(not bias.any() for bias in ensemble.biases)
+
+
+@pytest.mark.bad_input
+def test_bad_ensembles():
+    with pytest.raises(ValueError, match="members must be at least 1, got 0"):
+        EnsembleMLP([3], 1, members=0)
+    with pytest.raises(ValueError, match="inputs must be lengths"):
+        EnsembleMLP([], 1)
+    with pytest.raises(ValueError, match=r"pieces must have lengths \(3,\), got \(2,\)"):
+        EnsembleMLP([3], 1)(torch.zeros(5, 2))
+
+
+def test_contexts_are_standardised():
+    network = MLP(1, context_dim=2, width=8, generator=rng())
+    context = 300 + 50 * torch.randn(1000, 2, generator=rng(1))
+    context[:, 1] = 7.0  # does not vary
+    plain = MLP(1, context_dim=2, width=8, generator=rng())
+    torch.nn.init.ones_(network.output.weight)
+    torch.nn.init.ones_(plain.output.weight)
+    network.standardise_context(context)
+    x, level = torch.randn(1000, 1, generator=rng(2)), torch.zeros(1000)
+    by_hand = (context - context.mean(0)) / torch.tensor([context[:, 0].std().item(), 1.0])
+    torch.testing.assert_close(
+        network(x, level, context), plain(x, level, by_hand), rtol=1e-4, atol=1e-4
+    )

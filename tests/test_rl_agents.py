@@ -15,6 +15,7 @@ from rl.dpmd import DPMD, DPMDConfig
 from rl.off_policy import NextAction
 from rl.policies import DiffusionPolicy
 from rl.replay import Batch, ReplayBuffer
+from rl.sac import SAC, SACConfig
 from rl.sdac import SDAC, SDACConfig
 from rsm_sampler.kernels import TruncatedReverseKernel
 from rsm_sampler.schedules import Cosine, Linear
@@ -346,6 +347,55 @@ def test_the_old_policy_is_frozen_between_copies():
     assert torch.equal(kept, next(agent.old_policy.parameters()))
 
 
+# --- SAC -------------------------------------------------------------------------------
+
+
+def sac(**changes):
+    small = {key: value for key, value in SMALL.items() if key != "num_draws"}
+    return SAC(OBS, ACT, SACConfig.preset(**{**small, **changes}), device="cpu")
+
+
+def test_sac_density_is_that_of_the_squashed_normal():
+    """Against torch's own transformed law."""
+    agent = in_double(sac())
+    observation = batch(dtype=DOUBLE).observation
+    action, log_prob = agent.sample(observation, rng(3))
+    mean, log_std = agent.policy(observation)[0].chunk(2, -1)
+    log_std = -5 + 3.5 * (torch.tanh(log_std) + 1)
+    law = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, log_std.exp()),
+        torch.distributions.TanhTransform(cache_size=1),
+    )
+    torch.testing.assert_close(log_prob, law.log_prob(action.clamp(-1 + 1e-12, 1 - 1e-12)).sum(-1))
+
+
+def test_sac_target_subtracts_the_entropy_and_the_policy_step_leaves_critics_alone():
+    agent = in_double(sac(temperature=0.3))
+    data = batch(dtype=DOUBLE)
+    drawn = agent.next_action(data, True)
+    agent.generator.manual_seed(5)
+    action, log_prob = agent.sample(data.next_observation, agent.generator)
+    agent.generator.manual_seed(5)
+    again = agent.next_action(data, True)
+    torch.testing.assert_close(again.action, action)
+    torch.testing.assert_close(again.entropy_cost, 0.3 * log_prob)
+    assert drawn.draws is None
+    replay = filled_replay()
+    fresh = sac(policy_period=1)
+    fresh.update(replay)
+    before = [p.grad.clone() for p in fresh.critic.parameters()]
+    fresh.policy_loss(batch(), drawn)[0].backward(inputs=list(fresh.policy.parameters()))
+    for old, parameter in zip(before, fresh.critic.parameters(), strict=True):
+        assert torch.equal(old, parameter.grad)
+
+
+def test_sac_temperature_rises_while_entropy_is_missing():
+    for target, sign in ((5.0, 1), (-50.0, -1)):
+        agent = sac(target_entropy=target, temperature_lr=0.01)
+        agent.update(filled_replay())
+        assert sign * math.log(agent.temperature) == pytest.approx(0.01, rel=1e-4)
+
+
 # --- what they share --------------------------------------------------------------------
 
 
@@ -466,7 +516,8 @@ def test_nothing_is_read_back_in_an_update():
     from tests.exact import NoReadBack
 
     replay = filled_replay()
-    for agent in (sdac(policy_period=1), dpmd(policy_period=1), dpmd("official", policy_period=1)):
+    agents = [sdac(anneal_stages=2), dpmd(), dpmd("official"), sac()]
+    for agent in agents:
         agent.update(replay)
         with NoReadBack():
             agent.update(replay)

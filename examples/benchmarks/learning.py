@@ -4,9 +4,10 @@
     python examples/benchmarks/learning.py --agents sdac --envs Pendulum-v1 --seeds 0
 
 One update per environment step, the default configuration but for the few fields of ``SIZES``
-(faster critics than the paper's, for short runs), and 20 evaluation episodes every 1,000 steps on environments of their own. A run stops after two
-evaluations in a row that reach the goal, or at its limit of steps; each writes its evaluations to
-docs/results/learning.json. The Gaussian SAC of this library is the yardstick beside them.
+(faster critics than the paper's, for short runs), and 20 evaluation episodes every 1,000 steps on
+environments of their own. A run stops after two evaluations in a row that reach the goal, or at
+its limit of steps; each writes its evaluations to docs/results/learning.json. The Gaussian SAC of
+this library is the yardstick beside them.
 """
 
 import argparse
