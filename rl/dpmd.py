@@ -23,7 +23,8 @@ those of the critic's target and their values are standardised by running moment
 follows its rule from ``temperature`` to ``temperature_final``. States differ in value far more
 than the actions of one state, so most of this weight goes to good states.
 
-States without a future take no part in either.
+No policy ever acts in a terminal state: where one follows, the action is drawn at the state before
+it. (The critic's target has no use for an action there.)
 
 Note:
     The preset ``"official"`` follows the published code where that differs from the equations:
@@ -74,7 +75,7 @@ class DPMDConfig(DiffusionConfig):
         moments_rate: Rate of the running moments.
         clip: Standardised values are cut to plus or minus this.
         temperature_is_kappa: Whether lambda is the tuned kappa, as published.
-        terminal_states: Whether states without a future take part, as published.
+        terminal_states: Whether actions are drawn at terminal states too, as published.
         noise: As in the base class; by default a little, since a tilted policy only narrows.
     """
 
@@ -192,10 +193,11 @@ class DPMD(DiffusionAgent):
     def next_action(self, batch: Batch, with_policy: bool) -> NextAction:
         """Actions at the next states; before a policy step, several at the first of them."""
         config: DPMDConfig = self.config
+        observation = self._states(batch)
+        batch = batch._replace(next_observation=observation)
         if config.draws_per_state == 1 or not with_policy:
             return super().next_action(batch, with_policy)
         n, more = config.policy_states, config.draws_per_state
-        observation = batch.next_observation
         if self.old_policy is not None or config.target_candidates > 1:
             source = self.policy if self.old_policy is None else self.old_policy
             draws = source.sample(observation[:n], more, generator=self.generator)
@@ -209,6 +211,13 @@ class DPMD(DiffusionAgent):
         draws = torch.cat([first[:n].unsqueeze(1), rest.view(n, more - 1, -1)], 1)
         return NextAction(first, draws=draws)
 
+    def _states(self, batch: Batch) -> Tensor:
+        """Where actions are drawn: the next states, or the state itself where none follows."""
+        if self.config.terminal_states:
+            return batch.next_observation
+        over = batch.terminated.unsqueeze(-1) > 0
+        return torch.where(over, batch.observation, batch.next_observation)
+
     def policy_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (13) at the next states, with one action each or with N."""
         if drawn.draws is None:
@@ -219,7 +228,7 @@ class DPMD(DiffusionAgent):
         self, batch: Batch, action: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config: DPMDConfig = self.config
-        observation, n = batch.next_observation, len(action)
+        observation, n = self._states(batch), len(action)
         with torch.no_grad():
             value = self.critic.minimum(observation, action)
             spread = self._value_std + 1e-6
@@ -230,8 +239,6 @@ class DPMD(DiffusionAgent):
             else:
                 standard = value
             log_weight = standard * self._log_temperature.neg().exp().to(standard.dtype)
-            if not config.terminal_states:
-                log_weight = log_weight.masked_fill(batch.terminated > 0, -math.inf)
             self._value_mean.lerp_(value.mean().float(), config.moments_rate)
             self._value_std.lerp_(value.std().float(), config.moments_rate)
         _, sigma = self._levels_of(n)
@@ -243,23 +250,19 @@ class DPMD(DiffusionAgent):
     def _loss_of_draws(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         config: DPMDConfig = self.config
         states, draws, _ = action.shape
-        observation, alive = batch.next_observation[:states], batch.terminated[:states] == 0
+        observation = self._states(batch)[:states]
         with torch.no_grad():
             value = self.critic.minimum(observation.unsqueeze(1), action)
             weight = torch.softmax(value * self._log_temperature.neg().exp().to(value.dtype), -1)
-            count = alive.sum().clamp(min=1)
-            divergence = (_divergence(weight, draws) * alive).sum() / count
-            ess = (alive / weight.square().sum(-1)).sum() / count / draws
+            divergence = _divergence(weight, draws).mean()
+            ess = (1 / weight.square().sum(-1)).mean() / draws
             if config.target_kl is not None:
                 excess = (divergence / config.target_kl).clamp(min=1e-6).log().clamp(-1.0, 1.0)
                 self._log_temperature += config.temperature_lr * excess
-            log_weight = weight.log()
-            if not config.terminal_states:
-                log_weight = log_weight.masked_fill(~alive.unsqueeze(-1), -math.inf)
         flat = action.reshape(-1, self.action_dim)
         _, sigma = self._levels_of(len(flat))
         context = observation.repeat_interleave(draws, 0)
-        loss = self._loss(flat, sigma, log_weight.reshape(-1), context)
+        loss = self._loss(flat, sigma, weight.reshape(-1).log(), context)
         return loss, {"q_weight_ess": ess, "kl_to_old": divergence}
 
     def _loss(

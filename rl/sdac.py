@@ -66,6 +66,7 @@ class SDACConfig(DiffusionConfig):
 
     Attributes:
         num_draws: Candidates K of each noisy action.
+        policy_states: States of a policy step, the first of the batch.
         truncated: Whether candidates come from the kernel within the box.
         anneal_stages: Stages of sequential Monte Carlo that lead the candidates towards the
             posterior; each costs as many critic values again. For temperatures so low that K
@@ -79,11 +80,12 @@ class SDACConfig(DiffusionConfig):
             [-1, 1] has 0.69, a normal one of standard deviation 0.1 has -0.6.
         temperature_lr: Rate of log lambda.
         soft_target: Whether the target subtracts lambda times the log-probability of its action,
-            estimated by the density of the exploration noise. Off, because that is the same number for every state: a bonus
-            or penalty for staying alive and nothing else.
+            estimated by the density of the exploration noise. Off, because that is the same number
+            for every state: a bonus or penalty for staying alive and nothing else.
     """
 
     num_draws: int = 64
+    policy_states: int = 128
     truncated: bool = True
     anneal_stages: int = 0
     proposal: ProposalName = "replay"
@@ -98,6 +100,11 @@ class SDACConfig(DiffusionConfig):
         super().__post_init__()
         if self.num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
+        if not 1 <= self.policy_states <= self.batch_size:
+            raise ValueError(
+                f"policy_states must be from 1 to batch_size {self.batch_size}, "
+                f"got {self.policy_states}"
+            )
         if self.anneal_stages < 0 or (self.anneal_stages > 0 and not self.truncated):
             raise ValueError(
                 "anneal_stages must be at least 0, and 0 without truncated, "
@@ -121,6 +128,7 @@ class SDACConfig(DiffusionConfig):
     def _presets(cls) -> dict[str, dict[str, Any]]:
         official = {
             **PUBLISHED,
+            "policy_states": 256,
             "truncated": False,
             "proposal": "noised-policy",
             "temperature": 1.0,
@@ -186,7 +194,9 @@ class SDAC(DiffusionAgent):
     def policy_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (14) on the batch's states."""
         config: SDACConfig = self.config
-        observation, n = batch.observation, len(batch.action)
+        n = config.policy_states
+        batch = batch._replace(observation=batch.observation[:n], action=batch.action[:n])
+        observation = batch.observation
         t, sigma = self._levels_of(n)
         x_t = self._noisy_action(batch, sigma)
         inverse = self._log_temperature.neg().exp().float()

@@ -232,7 +232,9 @@ class Ancestral(Sampler):
     ) -> Float[Tensor, "n dim"]:
         """A draw of the posterior kernel around the denoised point; see :meth:`Sampler.step`."""
         mean, std = self._kernel(x_t, sigma_t, sigma_s, context)
-        return mean if sigma_s == 0 else mean + std * _noise_like(x_t, generator)
+        if sigma_s == 0:
+            return mean
+        return torch.add(mean, _noise_like(x_t, generator), alpha=std)
 
     @torch.no_grad()
     def sample_with_path_weight(

@@ -22,7 +22,7 @@ from rsm_sampler.schedules import Cosine, Linear
 
 DOUBLE = torch.float64
 OBS, ACT, N = 3, 2, 16
-SMALL = {"width": 16, "batch_size": N, "replay_size": 64, "num_draws": 8}
+SMALL = {"width": 16, "batch_size": N, "replay_size": 64, "num_draws": 8, "policy_states": N}
 
 
 def rng(seed=0):
@@ -58,7 +58,7 @@ def sdac(preset="corrected", **changes):
 
 def dpmd(preset="corrected", **changes):
     small = {key: value for key, value in SMALL.items() if key != "num_draws"}
-    config = DPMDConfig.preset(preset, **{**small, "policy_states": 4, **changes})
+    config = DPMDConfig.preset(preset, **{**small, **changes, "policy_states": 4})
     return DPMD(OBS, ACT, config, device="cpu")
 
 
@@ -200,7 +200,7 @@ def test_entropy_of_a_known_policy():
             inside = x + s * edge / mass
             return torch.where(mass > 1e-9, inside, x.clamp(-1, 1))
 
-    agent = in_double(sdac(batch_size=4000, replay_size=4000))
+    agent = in_double(sdac(batch_size=4000, replay_size=4000, policy_states=1))
     agent.policy.denoiser = Uniform()
     data = batch(4000, DOUBLE)
     entropies = [
@@ -351,7 +351,7 @@ def test_the_old_policy_is_frozen_between_copies():
 
 
 def sac(**changes):
-    small = {key: value for key, value in SMALL.items() if key != "num_draws"}
+    small = {key: SMALL[key] for key in ("width", "batch_size", "replay_size")}
     return SAC(OBS, ACT, SACConfig.preset(**{**small, **changes}), device="cpu")
 
 
@@ -528,6 +528,7 @@ def test_nothing_is_read_back_in_an_update():
     ("kind", "changes", "message"),
     [
         (SDACConfig, {"num_draws": 0}, "num_draws must be at least 1, got 0"),
+        (SDACConfig, {"policy_states": 300}, "policy_states must be from 1 to batch_size 256"),
         (SDACConfig, {"discount": 1.0}, r"discount must be in \[0, 1\), got 1.0"),
         (SDACConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (SDACConfig, {"proposal": "none"}, "proposal must be one of .* got 'none'"),

@@ -30,7 +30,10 @@ QUICK = {
 
 
 def quick(agent="sdac", env="Pendulum-v1", **options):
-    return rl.train(agent, env, **{"total_steps": 80, "eval_every": 0, **QUICK, **options})
+    small = {"total_steps": 80, "eval_every": 0, **QUICK, "policy_states": 8, **options}
+    if agent == "sac":
+        del small["policy_states"], small["num_steps"]
+    return rl.train(agent, env, **small)
 
 
 def parameters(agent):
@@ -131,9 +134,7 @@ def test_transitions_do_not_cross_an_end(tmp_path):
 
 def test_an_environment_by_hand(tmp_path):
     environment = gym.make("Pendulum-v1")
-    agent = rl.train_sdac(
-        environment, total_steps=60, **{**QUICK, "num_envs": 1}, run_dir=tmp_path / "run"
-    )
+    agent = quick("sdac", environment, total_steps=60, num_envs=1, run_dir=tmp_path / "run")
     assert rl.evaluate(agent, environment, episodes=1).lengths.tolist() == [200]
     with pytest.raises(ValueError, match="env must be given for a run on Pendulum-v1"):
         rl.resume(tmp_path / "run")
@@ -164,7 +165,8 @@ def test_a_failing_environment_leaves_a_saved_run(bad, tmp_path):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     code = (
         "import rl, sys; rl.train_sdac('Pendulum-v1', total_steps=10**6, run_dir=sys.argv[1], "
-        "num_envs=2, warmup_steps=40, batch_size=16, replay_size=64, width=16, eval_every=0, "
+        "num_envs=2, warmup_steps=40, batch_size=16, policy_states=16, replay_size=64, "
+        "width=16, eval_every=0, "
         "log_every=50)"
     )
     folder = tmp_path / "run"
@@ -218,6 +220,7 @@ def test_command_line(tmp_path, capsys):
         folder,
     ]
     fields = [f"{k}={v}" for k, v in QUICK.items() if k not in ("eval_episodes", "progress")]
+    fields += ["policy_states=16"]
     train += ["--eval-every", "60", "--eval-episodes", "2", "--set", *fields]
     assert main(train) == 0
     assert main(["resume", folder, "--total-steps", "70"]) == 0
@@ -293,7 +296,11 @@ def test_learns_a_bandit(agent):
 
     Uniform draws do so with probability 0.8 x 2 / 2 = 0.8 of the box at 0.4; at 0.2 it is 0.4.
     """
-    options = {"num_draws": 32, "target_entropy": 0.0} if agent == "sdac" else {"noise": 0.05}
+    options = (
+        {"num_draws": 32, "target_entropy": 0.0}
+        if agent == "sdac"
+        else {"noise": 0.05, "target_kl": 0.8}
+    )
     trained = rl.train(
         agent,
         Wells,

@@ -130,6 +130,7 @@ def sdac(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
         temperature=1.0,
         temperature_rule="fixed",
         batch_size=512,
+        policy_states=512,
         num_draws=256,
         anneal_stages={1: 0, 2: 8, 6: 24}[dim] if width < 0.5 else 0,
     )
