@@ -37,6 +37,7 @@ from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.estimators import TargetForm
+from rsm_sampler.interrupts import deferred_interrupt
 from rsm_sampler.kernels import (
     GaussianReferenceKernel,
     Kernel,
@@ -540,16 +541,19 @@ class EnergyDiffusionTrainer:
             except BaseException:
                 self.generator.set_state(drawn)  # the step has not been: a resumed run does it
                 raise
-            self.optimiser.step()
-            self.step += 1
-            self.step_in_cycle += 1
-            keep = min(0.998, self.step / (self.step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.average.parameters()), list(self.denoiser.parameters()), 1 - keep
-                )
-            total += loss.detach()
-            since += 1
+            with deferred_interrupt() as interrupted:  # all of the step or nothing of it
+                self.optimiser.step()
+                self.step += 1
+                self.step_in_cycle += 1
+                keep = min(0.998, self.step / (self.step + 10))
+                with torch.no_grad():
+                    torch._foreach_lerp_(
+                        list(self.average.parameters()), list(self.denoiser.parameters()), 1 - keep
+                    )
+                total += loss.detach()
+                since += 1
+            if interrupted():
+                raise KeyboardInterrupt
             if self.step % 100 == 0 or self.step_in_cycle == length:
                 mean_loss = float(total) / since
                 total.zero_()

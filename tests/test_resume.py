@@ -1,5 +1,7 @@
 """Long runs: exact resume, interruption, continuation, reproducibility."""
 
+import signal
+
 import pytest
 import torch
 
@@ -84,6 +86,23 @@ def test_resumed_equals_never_interrupted(tmp_path, uninterrupted, stop_at, how)
     assert second.energy.counts == uninterrupted.energy.counts
     ess = [record["ess"] for record in second.history]
     assert ess == [record["ess"] for record in uninterrupted.history]
+
+
+def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path, uninterrupted, ctrl_c):
+    path, first = tmp_path / "run.pt", new()
+    step = first.optimiser.step
+
+    def slow_step():
+        step()
+        if first.step == 149:
+            signal.raise_signal(signal.SIGINT)
+
+    first.optimiser.step = slow_step
+    first.fit(progress=False, checkpoint_path=path)
+    assert first.step == 150
+    second = new()
+    second.fit(progress=False, checkpoint_path=path)
+    assert torch.equal(weights(second), weights(uninterrupted))
 
 
 def test_an_energy_that_raises_keeps_its_traceback_and_the_state(tmp_path):

@@ -164,7 +164,8 @@ def test_a_failing_environment_leaves_a_saved_run(bad, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     code = (
-        "import rl, sys; rl.train_sdac('Pendulum-v1', total_steps=10**6, run_dir=sys.argv[1], "
+        "import rl, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "rl.train_sdac('Pendulum-v1', total_steps=10**6, run_dir=sys.argv[1], "
         "num_envs=2, warmup_steps=40, batch_size=16, policy_states=16, replay_size=64, "
         "width=16, eval_every=0, "
         "log_every=50)"

@@ -127,6 +127,7 @@ def sdac(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
     target, generator = Wells(dim, width), torch.Generator().manual_seed(seed + 100)
     config = rl.SDACConfig(
         num_steps=num_steps,
+        width=128,
         temperature=1.0,
         temperature_rule="fixed",
         batch_size=512,
@@ -178,6 +179,7 @@ def dpmd(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
     generator = torch.Generator().manual_seed(seed + 100)
     config = rl.DPMDConfig(
         num_steps=num_steps,
+        width=128,
         draws_per_state=256,
         policy_states=2,
         batch_size=256,
@@ -243,7 +245,7 @@ def main() -> None:
     parser.add_argument("--widths", type=float, nargs="*", default=[0.5, 0.2, 0.08])
     parser.add_argument("--agents", nargs="*", default=["sdac", "dpmd"])
     parser.add_argument("--num-steps", type=int, nargs="*", default=[20, 400])
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
