@@ -18,7 +18,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from rsm_sampler import checkpoint
 __all__ = ["AgentConfig", "NextAction", "OffPolicyAgent", "RunningMoments"]
 
 _KIND, _VERSION = "agent", 1
+_C = TypeVar("_C", bound="AgentConfig")
+_A = TypeVar("_A", bound="OffPolicyAgent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class AgentConfig:
             )
 
     @classmethod
-    def preset(cls, name: str = "corrected", **changes: Any) -> Self:  # noqa: ANN401
+    def preset(cls: type[_C], name: str = "corrected", **changes: Any) -> _C:  # noqa: ANN401
         """A named configuration.
 
         Arguments:
@@ -489,7 +491,9 @@ class OffPolicyAgent(ABC):
                 checkpoint.restore_generator(generator, kept)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], *, device: torch.device | str = "auto") -> Self:
+    def from_state(
+        cls: type[_A], state: dict[str, Any], *, device: torch.device | str = "auto"
+    ) -> _A:
         """The agent that :meth:`state` describes."""
         agent = cls(
             state["observation_dim"],

@@ -39,7 +39,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 __all__ = ["DDIM", "Ancestral", "Heun", "Langevin", "Sampler"]
+
+_S = TypeVar("_S", bound="Sampler")
 
 
 class Sampler(ABC):
@@ -98,7 +100,7 @@ class Sampler(ABC):
         self.centred, self.start_scale = centred, start_scale
         self._by_number = bool(getattr(denoiser, "by_number", False))
 
-    def around(self, denoiser: Callable[..., Tensor]) -> Self:
+    def around(self: _S, denoiser: Callable[..., Tensor]) -> _S:
         """The same sampler with another denoiser, without the checks of a new one.
 
         Arguments:

@@ -44,6 +44,13 @@ def check_demo(output, numbers):
     assert set(numbers["evaluations"]) == {"search", "training", "check", "diagnosis", "witness"}
 
 
+def test_the_path_of_a_gpu_runs_dry():
+    command = [sys.executable, str(ROOT / "benchmarks" / "update_speed.py"), "--gpu", "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "sdac {'updates_per_second'" in result.stdout
+
+
 def test_its_docstring_says_what_to_expect():
     for name in FIGURES:
         text = ast.get_docstring(ast.parse((ROOT / name).read_text()))

@@ -404,13 +404,13 @@ def test_the_critic_follows_equation_28():
     agent = in_double(sdac(reward_scale=0.2, discount=0.9))
     data = batch(dtype=DOUBLE)
 
-    class Fixed:
-        def sample(self, n, *, generator):
+    class Fixed(ReplayBuffer):
+        def sample(self, n, *, generator=None):
             return data
 
     generator = copy.deepcopy(agent.generator.get_state())
     critic, target = copy.deepcopy(agent.critic), copy.deepcopy(agent.target_critic)
-    metrics = agent.update(Fixed())
+    metrics = agent.update(Fixed(N, OBS, ACT))
     agent.generator.set_state(generator)
     fresh = in_double(sdac(reward_scale=0.2, discount=0.9))
     fresh.generator.set_state(generator)
