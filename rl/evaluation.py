@@ -84,16 +84,20 @@ def evaluate(
     copies = episodes if isinstance(env, str) or _is_maker(env) else 1
     environments = Environments(env, copies)
     _check(agent, environments)
+    copies = environments.num_envs
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     for begin in range(0, episodes, copies):
         observation = environments.reset(seed=seed + begin)
-        running = np.ones(copies, dtype=bool)
+        running = np.arange(copies) < episodes - begin
+        counted = slice(begin, begin + int(running.sum()))
+        part = slice(0, int(running.sum()))
         while running.any():
             action = np.zeros((copies, agent.action_dim), np.float32)
             action[running] = _unit_action(agent, observation[running], deterministic)
             step = environments.step(action)
-            returns[begin : begin + copies] += np.where(running, step.reward, 0)
-            lengths[begin : begin + copies] += running
+            alive = running & step.valid
+            returns[counted] += np.where(alive, step.reward, 0)[part]
+            lengths[counted] += alive[part]
             running &= ~step.ended
             observation = step.observation
     if isinstance(env, str) or _is_maker(env):

@@ -262,7 +262,8 @@ class OffPolicyAgent(ABC):
         self.policy = self.build_policy(weights).to(self.device)
         self.critic_optimiser = self._adam(self.critic, config.critic_lr)
         self.policy_optimiser = self._adam(self.policy, config.policy_lr)
-        self._captured: dict[tuple[int, bool, bool], Captured] = {}
+        self._captured: dict[tuple[Any, ...], Captured] = {}
+        self._inputs: dict[int, Tensor] = {}
 
     # ------------------------------------------------------------------ what an agent adds
 
@@ -319,7 +320,17 @@ class OffPolicyAgent(ABC):
     @torch.no_grad()
     def act(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
         """Exploring actions within or about [-1, 1], for a batch of raw observations."""
-        return self.explore(self._standard(observation)).cpu().numpy()
+        key = ("act", len(observation))
+        if key not in self._captured:
+            buffer = torch.empty(observation.shape, device=self.device)
+            self._inputs[len(observation)] = buffer
+            self._captured[key] = Captured(
+                lambda: self.explore(self._standardised(buffer)),
+                self.device,
+                [self.acting_generator],
+            )
+        self._inputs[len(observation)].copy_(torch.from_numpy(observation))
+        return self._captured[key]().cpu().numpy()
 
     @torch.no_grad()
     def predict(
@@ -352,6 +363,9 @@ class OffPolicyAgent(ABC):
 
     def _standard(self, observation: NDArray[np.float32]) -> Tensor:
         x = torch.from_numpy(np.ascontiguousarray(observation, np.float32)).to(self.device)
+        return self._standardised(x)
+
+    def _standardised(self, x: Tensor) -> Tensor:
         return self.moments(x) if self.config.normalise_observations else x
 
     # ------------------------------------------------------------------ updating
@@ -386,11 +400,10 @@ class OffPolicyAgent(ABC):
     ) -> dict[str, Tensor]:
         config = self.config
         batch = replay.sample(config.batch_size, generator=self.generator)
-        if config.normalise_observations:
-            batch = batch._replace(
-                observation=self.moments(batch.observation),
-                next_observation=self.moments(batch.next_observation),
-            )
+        batch = batch._replace(
+            observation=self._standardised(batch.observation),
+            next_observation=self._standardised(batch.next_observation),
+        )
         with torch.no_grad():
             drawn = self.next_action(batch, with_policy)
             future = self.target_critic.minimum(batch.next_observation, drawn.action)
