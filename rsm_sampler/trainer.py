@@ -693,11 +693,14 @@ class EnergyDiffusionTrainer:
             "architecture": self.architecture,
             "seed": self.seed,
             "loss": self.loss,
+            "target": self.target,
+            "bounds": _numbers(self.bounds.state_dict()),
         }
+        theirs = {**state, "bounds": _numbers(state["bounds"])}
         for key, value in mine.items():
-            if state[key] != value:
+            if theirs[key] != value:
                 raise checkpoint.CheckpointError(
-                    f"checkpoint must be of this trainer, with {key} {value}, got {state[key]}"
+                    f"checkpoint must be of this trainer, with {key} {value}, got {theirs[key]}"
                 )
         self.energy.counts = dict(state["counts"])
         if self.energy.budget is None:
@@ -711,6 +714,10 @@ class EnergyDiffusionTrainer:
         self.history = [dict(record) for record in state["history"]]
         self.step, self.step_in_cycle = state["step"], state["step_in_cycle"]
         self.cycle, self.seconds = state["cycle"], state["seconds"]
+
+
+def _numbers(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
 def _share(log_weight: Tensor) -> float:

@@ -285,7 +285,13 @@ def test_an_energy_that_raises_in_the_search_raises_the_users_error():
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     fit(EnergyDiffusionTrainer(normal, 2, config=tiny()), checkpoint_path=path)
-    for options in ({"seed": 1}, {"config": tiny(width=8)}, {"config": tiny(learning_rate=1e-3)}):
+    others = [
+        {"seed": 1},
+        {"config": tiny(width=8)},
+        {"config": tiny(learning_rate=1e-3)},
+        {"bounds": (-9.0, 9.0)},
+    ]
+    for options in others:
         trainer = EnergyDiffusionTrainer(normal, 2, **({"config": tiny()} | options))
         with pytest.raises(CheckpointError, match="checkpoint must be of this trainer, with"):
             fit(trainer, checkpoint_path=path)
