@@ -25,6 +25,7 @@ from rl.training import AGENTS, load, read_about
 from rl.training import resume as resume_run
 from rl.training import train as train_agent
 from rsm_sampler.checkpoint import CheckpointError
+from rsm_sampler.loggers import TensorBoardLogger
 
 __all__ = ["evaluate", "main", "resume", "train"]
 
@@ -67,6 +68,7 @@ def train(
     device: str = "auto",
     eval_every: int | None = None,
     eval_episodes: int = 20,
+    tensorboard: bool = False,
     changes: Changes = (),
 ) -> int:
     """Train an agent on an environment.
@@ -81,6 +83,7 @@ def train(
         device: Where to train; auto takes a GPU where there is one.
         eval_every: Environment steps between evaluations.
         eval_episodes: Episodes of an evaluation.
+        tensorboard: Whether to write the log for TensorBoard too, into the run's folder.
         changes: Fields of the configuration to change.
     """
     folder = Path("runs", f"{agent}-{env_id}-{seed}") if run_dir is None else run_dir
@@ -94,6 +97,7 @@ def train(
         device=device,
         eval_every=eval_every,
         eval_episodes=eval_episodes,
+        logger=TensorBoardLogger(folder / "tensorboard") if tensorboard else None,
         **dict(_change(text) for text in changes),
     )
     return _report(folder, trained.interrupted)

@@ -228,8 +228,10 @@ class SDAC(DiffusionAgent):
             context=observation,
             loss_weight=weight,
         )
+        assert estimate.entropy is not None
         metrics = {"q_weight_ess": estimate.ess.mean() / config.num_draws}
-        return loss.mean(), {**metrics, **self._by_level("q_weight_ess", t, estimate.ess)}
+        metrics |= self._by_level("q_weight_ess", t, estimate.ess / config.num_draws)
+        return loss.mean(), metrics | self._by_level("weight_entropy", t, estimate.entropy)
 
     @torch.no_grad()
     def after_policy_step(self, batch: Batch, drawn: NextAction) -> dict[str, Tensor]:
@@ -272,7 +274,5 @@ class SDAC(DiffusionAgent):
         found = {}
         for i, part in enumerate(("low", "middle", "high")):
             inside = (third == i).to(value.dtype)
-            found[f"{name}/{part}"] = (
-                (value * inside).sum() / inside.sum().clamp(min=1) / (self.config.num_draws)
-            )
+            found[f"{name}/{part}"] = (value * inside).sum() / inside.sum().clamp(min=1)
         return found

@@ -106,7 +106,8 @@ def annealed_estimate(
     weight = torch.softmax(log_weight, -1)
     log_mean += torch.logsumexp(log_weight, -1) - math.log(num_draws)
     mean = (weight.unsqueeze(-1) * x).sum(1)
-    return PosteriorEstimate(mean, 1 / weight.square().sum(-1), log_mean)
+    entropy = -torch.xlogy(weight, weight).sum(-1)
+    return PosteriorEstimate(mean, 1 / weight.square().sum(-1), log_mean, entropy)
 
 
 def _next_step(value: Tensor, left: Tensor) -> Tensor:

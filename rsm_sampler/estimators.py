@@ -64,11 +64,14 @@ class PosteriorEstimate:
             of this package and their constant it estimates :math:`\log p_t(x_t) + \log Z` in
             variance-exploding coordinates; add :math:`\frac{d}{2} \log(1 + \sigma^2)` for the
             paper's.
+        entropy: Entropy of the normalised weights, with shape :math:`(*)`, in nats, at most
+            :math:`\log K`; None where it was not computed.
     """
 
     mean: Float[Tensor, "*batch dim"]
     ess: Float[Tensor, "*batch"]
     log_mean_weight: Float[Tensor, "*batch"]
+    entropy: Float[Tensor, "*batch"] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,8 @@ def posterior_estimate(
     shift, weights = _displacement(
         energy, x_t, sigma, kernel, num_draws, context, target, coefficient, generator
     )
-    return PosteriorEstimate(x_t.detach() + shift, weights.ess, weights.log_mean)
+    entropy = -torch.xlogy(weights.weight, weights.weight).sum(-1)
+    return PosteriorEstimate(x_t.detach() + shift, weights.ess, weights.log_mean, entropy)
 
 
 def score_estimate(
