@@ -18,6 +18,7 @@ from rl.replay import Batch, ReplayBuffer
 from rl.sac import SAC, SACConfig
 from rl.sdac import SDAC, SDACConfig
 from rsm_sampler.kernels import TruncatedReverseKernel
+from rsm_sampler.losses import denoising_loss, mirror_descent_loss
 from rsm_sampler.schedules import Cosine, Linear
 
 DOUBLE = torch.float64
@@ -293,6 +294,68 @@ def test_published_dpmd_weights_are_not_normalised():
     predicted = agent.policy.denoiser.noise(x_t, sigma, data.next_observation)
     reference = (weight * (predicted - noise).square().sum(-1)).mean()
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+
+
+def test_dpmd_with_equal_weights_is_plain_denoising():
+    """A value that is constant, on the same random numbers."""
+    agent = in_double(dpmd("printed", standardise="none"))
+    with torch.no_grad():
+        agent.critic.weights[-1].zero_()
+    data = batch(dtype=DOUBLE)
+    agent.generator.manual_seed(7)
+    loss, metrics = agent.policy_loss(data, NextAction(data.action))
+    g = rng(7)
+    sigma = agent.policy.sigmas[torch.randint(1, 21, (N,), generator=g)]
+    observation = agent._states(data)
+    plain = denoising_loss(
+        agent.policy.denoiser, data.action, sigma, context=observation, generator=g
+    )
+    torch.testing.assert_close(loss, plain.mean())
+    assert float(metrics["kl_to_old"]) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["corrected", "printed"])
+def test_dpmd_ignores_a_constant_and_the_scale_of_values(preset):
+    """Shift Q by c, or Q and its temperature (or its moments) times b: the same gradient."""
+    data, found = batch(dtype=DOUBLE), []
+    draws = torch.rand(4, 4, ACT, dtype=DOUBLE, generator=rng()) if preset == "corrected" else None
+    for shift, scale in ((0.0, 1.0), (40.0, 1.0), (0.0, 7.0)):
+        temperature = 0.2 * (scale if preset == "corrected" else 1.0)
+        agent = in_double(dpmd(preset, temperature=temperature))
+        with torch.no_grad():
+            agent.critic.weights[-1].mul_(scale)
+            agent.critic.biases[-1].add_(shift)
+        agent._value_mean.fill_(shift)
+        agent._value_std.fill_(scale)
+        loss = agent.policy_loss(data, NextAction(data.action, draws=draws))[0]
+        found.append(gradients(agent, loss))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-7)
+
+
+def test_mirror_descent_between_gaussians():
+    """The weighted regression is least for the denoiser of the tilted law.
+
+    Old policy N(mu, v), Q / lambda = -(a - m)^2 / (2 c): the product is normal, and the loss of
+    its exact denoiser is below that of the old one and of a shifted one, by far more than noise.
+    """
+    mu, v, m, c, n = 0.3, 0.04, -0.2, 0.05, 40_000
+    precision = 1 / v + 1 / c
+    mean, variance = (mu / v + m / c) / precision, 1 / precision
+    x_0 = mu + math.sqrt(v) * torch.randn(n, 1, dtype=DOUBLE, generator=rng(1))
+    log_weight = -(x_0[:, 0] - m).square() / (2 * c)
+    sigma = torch.full((n,), 0.2, dtype=DOUBLE)
+
+    def loss(centre, spread):
+        def denoiser(x_t, sigma):
+            keep = spread / (spread + sigma.square())
+            return centre + keep.unsqueeze(-1) * (x_t - centre)
+
+        return mirror_descent_loss(denoiser, x_0, sigma, log_weight, generator=rng(2)).mean()
+
+    best = loss(mean, variance)
+    for centre, spread in ((mu, v), (mean + 0.05, variance), (mean, 1.5 * variance)):
+        assert loss(centre, spread) > 1.005 * best
 
 
 @pytest.mark.parametrize("preset", ["corrected", "printed"])
