@@ -34,6 +34,7 @@ from rsm_sampler import checkpoint
 __all__ = ["AgentConfig", "NextAction", "OffPolicyAgent", "RunningMoments"]
 
 _KIND, _VERSION = "agent", 1
+_LARGE_BLOCK = 31 << 20  # bytes; glibc follows up to 32 MiB
 _C = TypeVar("_C", bound="AgentConfig")
 _A = TypeVar("_A", bound="OffPolicyAgent")
 
@@ -262,6 +263,11 @@ class OffPolicyAgent(ABC):
         self.policy = self.build_policy(weights).to(self.device)
         self.critic_optimiser = self._adam(self.critic, config.critic_lr)
         self.policy_optimiser = self._adam(self.policy, config.policy_lr)
+        if self.device.type == "cpu":
+            # The C library gives blocks above a threshold back to the system when they are freed,
+            # and every layer would fault its pages in anew, at twice the cost of its arithmetic.
+            # Freeing one large block (it is never written to) raises the threshold to its size.
+            torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
         self._captured: dict[tuple[Any, ...], Captured] = {}
         self._inputs: dict[int, Tensor] = {}
 

@@ -224,7 +224,7 @@ class _Bound:
 
     def __init__(self, policy: DiffusionPolicy, observation: Tensor, candidates: int) -> None:
         body = policy.network.body
-        self.rest, self.candidates = body.rest, candidates
+        self.body, self.prepared, self.candidates = body, body.prepared(), candidates
         self.buffer: Tensor | None = None
         self.coefficients = policy._coefficients
         self.weight = body.weights[0][0, : policy.action_dim]
@@ -249,5 +249,5 @@ class _Bound:
             torch.mm(x, self.weight, out=self.buffer)
             y = self.buffer.view(len(before), self.candidates, -1)
             torch.sub(before.unsqueeze(1), y, alpha=shrink, out=y)
-        output = self.rest(y.view(1, len(x), -1))[0]
+        output = self.body.rest(y.view(1, len(x), -1), self.prepared)[0]
         return torch.add(keep * x, output, alpha=gain).clamp_(-1.0, 1.0)

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -180,6 +181,18 @@ def test_shared_pieces_are_as_if_repeated(n, grad):
         torch.testing.assert_close(ensemble(state, action), expected.view(2, n, 100, 1))
         alone = ensemble(state[0, 0], action[0])
         torch.testing.assert_close(alone, expected.view(2, n, 100, 1)[:, 0])
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_single_precision_by_either_product(wide, monkeypatch):
+    """Through convolutions and through matrix products, against double precision."""
+    monkeypatch.setattr("rsm_sampler.networks._WIDE", wide)
+    ensemble = EnsembleMLP([3, 2], 1, members=2, width=40, generator=rng())
+    x, y = normal(500, 3), normal(500, 2)
+    exact = copy.deepcopy(ensemble).double()(x, y)
+    with torch.no_grad():
+        found = ensemble(x.float(), y.float())
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
 def test_initial_weights_are_those_of_the_published_code():
