@@ -232,7 +232,20 @@ class _Bound:
         self.observed = -body.first(1, observation, bias=True)[0]
         embedded = policy.network.embed(policy._times)
         times = body.first(2, embedded)[0]
+        # Both together, (n, width) at each level; for many observations one level at a time.
         self.times = dict(zip(policy._coefficients, times.unbind(0), strict=True))
+        few = len(observation) <= 16
+        self.before = (
+            dict(
+                zip(
+                    policy._coefficients,
+                    (self.observed - times.unsqueeze(1)).unbind(0),
+                    strict=True,
+                )
+            )
+            if few
+            else {}
+        )
 
     def parameters(self) -> "list[Tensor]":
         return [self.weight]
@@ -240,7 +253,9 @@ class _Bound:
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         keep, gain, shrink = self.coefficients[sigma]
-        before = self.observed - self.times[sigma]
+        before = self.before.get(sigma)
+        if before is None:
+            before = self.observed - self.times[sigma]
         if self.candidates == 1:
             y = torch.addmm(before, x, self.weight, alpha=-shrink)
         else:

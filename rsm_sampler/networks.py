@@ -337,7 +337,7 @@ class EnsembleMLP(nn.Module):
                 for layer in layers:
                     x = _mish_of_minus(layer(x), scratch)
                 found.append(last(x))
-            y = torch.stack(found)
+            y = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
         return y.view(self.members, *batch, self.outputs)
 
     def _spare(self, like: Tensor) -> Tensor:
@@ -412,26 +412,27 @@ def _mish_of_minus(y: Tensor, scratch: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and y.requires_grad:
         return _MishOfMinus.apply(y)
     q = torch.sigmoid(y) if scratch is None else torch.sigmoid(y, out=scratch)
-    q.mul_(q).add_(1.0)
+    torch.addcmul(q.new_ones(()), q, q, out=q)
     return torch.addcdiv(y, y, q, value=-2.0, out=y)
 
 
 class _MishOfMinus(torch.autograd.Function):
+    """Keeps the slope, so that a step back is one product."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(y)
-        u = torch.sigmoid(y).square_().add_(1.0)
+        q = torch.sigmoid(y)
+        square = q.square()
+        u = square + 1
+        # d/dy (y - 2y/u) = 1 - 2/u + 2y u'/u^2 with u' = 2 q^2 (1 - q)
+        bend = torch.addcmul(square, square, q, value=-1.0).mul_(y)
+        ctx.save_for_backward(torch.addcdiv(square.sub_(1.0), bend, u, value=4.0).div_(u))
         return torch.addcdiv(y, y, u, value=-2.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
-        (y,) = ctx.saved_tensors
-        q = torch.sigmoid(y)
-        square = q.square()
-        u = square + 1
-        # d/dy (y - 2y/u) = 1 - 2/u + 2y u'/u^2 with u' = 2 q^2 (1 - q)
-        slope = torch.addcdiv(square - 1, 4 * y * square * (1 - q), u) / u
+        (slope,) = ctx.saved_tensors
         return gradient * slope
 
 

@@ -6,10 +6,11 @@
 
 The rows are measured in turn, round after round, so that a machine that slows down slows all of
 them; medians are printed, beside the time that the arithmetic alone takes at the rate of this
-machine's matrix products. "Identical work" is the update of the code published with the paper
-(batch 256, T = 20, 3 x 256 Mish, 17-dim observations, 6-dim actions, best of 32 at every target,
-64 reverse draws) with its policy step in every update; "default" is this library's default
-configuration, averaged over its policy period. Results go to docs/results/update_speed.json.
+machine's matrix products in PyTorch (layers without gradients go another, faster way). "Identical
+work" is the update of the code published with the paper (batch 256, T = 20, 3 x 256 Mish, 17-dim
+observations, 6-dim actions, best of 32 at every target, 64 reverse draws) with its policy step in
+every update; "default" is this library's default configuration, averaged over its policy period.
+Results go to docs/results/update_speed.json.
 """
 
 import argparse
@@ -44,12 +45,12 @@ def random_replay(size: int = 20_000) -> rl.ReplayBuffer:
     return replay
 
 
-def work(name: str, candidates: int, draws: int, share: float) -> float:
+def work(name: str, candidates: int, draws: int, share: float, states: int = BATCH) -> float:
     """Floating-point operations of an update's large parts, in units of 10^9."""
     target = BATCH * candidates * (20 * CHAIN + (2 * CRITIC if candidates > 1 else 0))
     policy = 0.0
     if name == "sdac":
-        policy = BATCH * draws * 2 * CRITIC + (target if candidates > 1 else 0)
+        policy = states * draws * 2 * CRITIC + (target if candidates > 1 else 0)
     return (target + share * policy + 3 * BATCH * 2 * CRITIC) / 1e9
 
 
@@ -92,7 +93,7 @@ def speed(rounds: int) -> dict:
         rows[f"{name} default"] = (
             lambda agent=default: agent.update(replay),
             4,
-            work(name, 1, 64, 0.5),
+            work(name, 1, 64, 0.5, states=128),
         )
         if name == "dpmd":
             rows["acting, 5 environments, best of 32"] = (
