@@ -401,6 +401,11 @@ class OffPolicyAgent(ABC):
         self.updates += 1
         return self._captured[key]()
 
+    def release(self) -> None:
+        """Let go of the replay and of captured graphs; a later update makes them anew."""
+        self._captured.clear()
+        self._inputs.clear()
+
     def _update(
         self, replay: ReplayBuffer, with_policy: bool, with_target: bool
     ) -> dict[str, Tensor]:

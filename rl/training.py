@@ -352,6 +352,7 @@ class _Run:
             self._save()
             raise
         finally:
+            self.agent.release()
             bar.close()
             for each in loggers:
                 if each is not logger:

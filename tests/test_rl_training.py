@@ -98,6 +98,29 @@ def test_a_run_folder_holds_what_it_says(tmp_path):
     assert found.mean == pytest.approx(evaluations[-1]["eval_mean"])
 
 
+def test_a_finished_run_lets_go_of_its_replay():
+    import gc
+    import weakref
+
+    seen = []
+    original = rl.ReplayBuffer.__init__
+
+    def note(self, *arguments, **options):
+        original(self, *arguments, **options)
+        seen.append(weakref.ref(self))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rl.ReplayBuffer, "__init__", note)
+            agent = quick()
+        assert len(seen) == 1 and seen[0]() is None
+    finally:
+        gc.enable()
+    assert agent.act(np.zeros((2, 3), np.float32)).shape == (2, 1)
+
+
 def test_updates_are_owed_by_the_step():
     logger = MemoryLogger()
     agent = quick(total_steps=140, updates_per_step=0.25, logger=logger, log_every=20)
