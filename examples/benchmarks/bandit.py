@@ -6,9 +6,8 @@
 There is one state, and Q / lambda is the logarithm of two unequal wells (0.7 and 0.3) of width
 sigma at +0.4 and -0.4 in every coordinate, on the box [-1, 1]^d.
 
-SDAC trains on loss (14) with its own replay, which its policy fills, with 256 candidates (128 in
-six dimensions) and, where wells are narrow, annealed ones. Its marginals are compared with those
-of the same chain under the exact denoiser at T = 20 (the discretisation is then the same on both
+SDAC trains on loss (14) with its own replay, which its policy fills, with 64 candidates and, where
+wells are narrow, annealed ones. Its marginals are compared with those of the same chain under the exact denoiser at T = 20 (the discretisation is then the same on both
 sides), and with exp(Q / lambda) itself at T = 400.
 
 DPMD takes five mirror steps from its own samples. Each iterate is compared with the exact step
@@ -110,7 +109,7 @@ def draw(policy: rl.policies.DiffusionPolicy, n: int, generator: torch.Generator
 def optimise(agent: rl.OffPolicyAgent, loss: Tensor, fraction: float) -> None:
     """A step with a learning rate that falls to nothing."""
     for group in agent.policy_optimiser.param_groups:
-        group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * fraction)) + 1e-6
+        group["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * fraction)) + 1e-6
     agent.policy_optimiser.zero_grad()
     loss.backward()
     agent.policy_optimiser.step()
@@ -126,7 +125,7 @@ def sdac(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
     """Train, and compare."""
     started = time.perf_counter()
     target, generator = Wells(dim, width), torch.Generator().manual_seed(seed + 100)
-    states, draws = (512, 256) if dim < 6 else (128, 128)
+    states, draws = (512, 64) if dim < 6 else (256, 64)
     config = rl.SDACConfig(
         num_steps=num_steps,
         width=128,
@@ -135,7 +134,7 @@ def sdac(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
         batch_size=states,
         policy_states=states,
         num_draws=draws,
-        anneal_stages={1: 0, 2: 8, 6: 24}[dim] if width < 0.5 else 0,
+        anneal_stages={1: 4, 2: 8, 6: 24}[dim] if width < 0.5 else 0,
     )
     agent = rl.SDAC(1, dim, config, seed=seed, device="cpu")
     agent.critic = target
@@ -247,7 +246,7 @@ def main() -> None:
     parser.add_argument("--widths", type=float, nargs="*", default=[0.5, 0.2, 0.08])
     parser.add_argument("--agents", nargs="*", default=["sdac", "dpmd"])
     parser.add_argument("--num-steps", type=int, nargs="*", default=[20, 400])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
