@@ -7,8 +7,9 @@ There is one state, and Q / lambda is the logarithm of two unequal wells (0.7 an
 sigma at +0.4 and -0.4 in every coordinate, on the box [-1, 1]^d.
 
 SDAC trains on loss (14) with its own replay, which its policy fills, with 64 candidates and, where
-wells are narrow, annealed ones. Its marginals are compared with those of the same chain under the exact denoiser at T = 20 (the discretisation is then the same on both
-sides), and with exp(Q / lambda) itself at T = 400.
+wells are narrow, annealed ones. Its marginals are compared with those of the same chain under the
+exact denoiser at T = 20 (the discretisation is then the same on both sides), and with
+exp(Q / lambda) itself at T = 400.
 
 DPMD takes five mirror steps from its own samples. Each iterate is compared with the exact step
 from its actual predecessor (samples of the predecessor, weighted by exp(Q / (5 lambda))), and the
