@@ -72,6 +72,8 @@ class MLP(nn.Module):
         frequencies: Number of random projections; 0 for no Fourier features.
         bandwidth: Standard deviation of the projections' angular frequencies, for inputs of
             order one.
+        context_bandwidth: The same for contexts, on which the wanted function depends smoothly:
+            low frequencies carry it beyond the contexts seen in training.
         generator: Source of the initial weights, on the CPU.
 
     Raises:
@@ -97,6 +99,7 @@ class MLP(nn.Module):
         depth: int = 3,
         frequencies: int = 32,
         bandwidth: float = 2.0,
+        context_bandwidth: float = 0.4,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -107,13 +110,19 @@ class MLP(nn.Module):
         for name, value in (("context_dim", context_dim), ("frequencies", frequencies)):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
-        if not bandwidth > 0:
-            raise ValueError(f"bandwidth must be positive, got {bandwidth}")
+        for name, width_of_law in (
+            ("bandwidth", bandwidth),
+            ("context_bandwidth", context_bandwidth),
+        ):
+            if not width_of_law > 0:
+                raise ValueError(f"{name} must be positive, got {width_of_law}")
         inputs = dim + context_dim
         self.dim, self.context_dim, self.depth = dim, context_dim, depth
         # Rows of projections shrink with the number of inputs: the phase keeps its spread.
         projection = torch.randn(inputs, frequencies, generator=generator)
-        self.register_buffer("projection", projection * bandwidth * math.sqrt(2 / (1 + inputs)))
+        projection[:dim] *= bandwidth
+        projection[dim:] *= context_bandwidth
+        self.register_buffer("projection", projection * math.sqrt(2 / (1 + inputs)))
         self.register_buffer("harmonics", torch.arange(1, 9) * (math.pi / 20))
         if context_dim:
             self.register_buffer("context_loc", torch.zeros(context_dim))
