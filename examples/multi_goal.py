@@ -5,8 +5,8 @@ is :math:`e^{Q/\lambda}`, with one mode for each direction; SAC's is one Gaussia
 the path drifts to a goal by accumulated noise. Both learn from the same number of steps, and each
 acts with single draws of its policy (no best-of-M). Expected (three minutes, two CPU cores):
 
-    SDAC: share of episodes that end at each goal ['0.23', '0.22', '0.27', '0.28']
-    SAC: share of episodes that end at each goal ['0.17', '0.35', '0.22', '0.26']
+    SDAC: share of episodes that end at each goal ['0.18', '0.28', '0.23', '0.30']
+    SAC: share of episodes that end at each goal ['0.16', '0.30', '0.27', '0.28']
 
 The figure is ``out/multi_goal.png``: 200 episodes of each agent, and below them 2,000 actions that
 each policy draws at the very centre.
