@@ -12,7 +12,6 @@ and :func:`load` keep an agent, and :func:`resume` goes on with an interrupted r
 """
 
 import importlib.util
-import os
 from typing import Any
 
 if importlib.util.find_spec("gymnasium") is None:
@@ -54,25 +53,14 @@ __all__ = [
 ]
 
 
-def train_sdac(
-    env: EnvironmentSource,
-    *,
-    total_steps: int,
-    seed: int = 0,
-    config: SDACConfig | str = "corrected",
-    run_dir: str | os.PathLike[str] | None = None,
-    **options: Any,  # noqa: ANN401
-) -> SDAC:
+def train_sdac(env: EnvironmentSource, *, total_steps: int, **options: Any) -> SDAC:  # noqa: ANN401
     """Train soft diffusion actor-critic.
 
     Arguments:
         env: An id, a function that makes an environment, or an environment.
         total_steps: Environment steps.
-        seed: Decides everything.
-        config: An :class:`SDACConfig` or the name of a preset: ``"corrected"``, ``"official"`` or
-            ``"icml2025"``.
-        run_dir: Folder for log, checkpoints and agents; it makes the run resumable.
-        **options: As for :func:`train`, and fields of the configuration.
+        **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
+            name of a preset) and more, and fields of :class:`SDACConfig`.
 
     Returns:
         The trained agent.
@@ -80,37 +68,19 @@ def train_sdac(
     Raises:
         ValueError: If an argument does not fit.
     """
-    agent = train(
-        "sdac",
-        env,
-        total_steps=total_steps,
-        seed=seed,
-        config=config,
-        run_dir=run_dir,
-        **options,
-    )
+    agent = train("sdac", env, total_steps=total_steps, **options)
     assert isinstance(agent, SDAC)
     return agent
 
 
-def train_dpmd(
-    env: EnvironmentSource,
-    *,
-    total_steps: int,
-    seed: int = 0,
-    config: DPMDConfig | str = "corrected",
-    run_dir: str | os.PathLike[str] | None = None,
-    **options: Any,  # noqa: ANN401
-) -> DPMD:
-    """Train diffusion policy mirror descent; arguments as for :func:`train_sdac`.
+def train_dpmd(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DPMD:  # noqa: ANN401
+    """Train diffusion policy mirror descent.
 
     Arguments:
         env: An id, a function that makes an environment, or an environment.
         total_steps: Environment steps.
-        seed: Decides everything.
-        config: A :class:`DPMDConfig` or the name of a preset.
-        run_dir: Folder for log, checkpoints and agents.
-        **options: As for :func:`train`, and fields of the configuration.
+        **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
+            name of a preset) and more, and fields of :class:`DPMDConfig`.
 
     Returns:
         The trained agent.
@@ -118,37 +88,19 @@ def train_dpmd(
     Raises:
         ValueError: If an argument does not fit.
     """
-    agent = train(
-        "dpmd",
-        env,
-        total_steps=total_steps,
-        seed=seed,
-        config=config,
-        run_dir=run_dir,
-        **options,
-    )
+    agent = train("dpmd", env, total_steps=total_steps, **options)
     assert isinstance(agent, DPMD)
     return agent
 
 
-def train_sac(
-    env: EnvironmentSource,
-    *,
-    total_steps: int,
-    seed: int = 0,
-    config: SACConfig | str = "corrected",
-    run_dir: str | os.PathLike[str] | None = None,
-    **options: Any,  # noqa: ANN401
-) -> SAC:
-    """Train soft actor-critic with a Gaussian policy; arguments as for :func:`train_sdac`.
+def train_sac(env: EnvironmentSource, *, total_steps: int, **options: Any) -> SAC:  # noqa: ANN401
+    """Train soft actor-critic with a Gaussian policy.
 
     Arguments:
         env: An id, a function that makes an environment, or an environment.
         total_steps: Environment steps.
-        seed: Decides everything.
-        config: An :class:`SACConfig` or the name of a preset.
-        run_dir: Folder for log, checkpoints and agents.
-        **options: As for :func:`train`, and fields of the configuration.
+        **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
+            name of a preset) and more, and fields of :class:`SACConfig`.
 
     Returns:
         The trained agent.
@@ -156,14 +108,6 @@ def train_sac(
     Raises:
         ValueError: If an argument does not fit.
     """
-    agent = train(
-        "sac",
-        env,
-        total_steps=total_steps,
-        seed=seed,
-        config=config,
-        run_dir=run_dir,
-        **options,
-    )
+    agent = train("sac", env, total_steps=total_steps, **options)
     assert isinstance(agent, SAC)
     return agent

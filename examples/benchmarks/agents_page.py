@@ -3,11 +3,9 @@
 python examples/benchmarks/agents_page.py
 """
 
-import json
-from pathlib import Path
+from results import FOLDER, load
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-RESULTS = DOCS / "results"
+DOCS = FOLDER.parent
 # Published JAX code on two CPU cores, and what is to be reached; milliseconds.
 SPEED = {
     "dpmd identical work": (542, 400),
@@ -16,12 +14,6 @@ SPEED = {
     "dpmd default": (None, 25),
     "sdac default": (None, 60),
 }
-
-
-def load(name: str) -> dict:
-    """Results, or nothing."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -20,24 +20,18 @@ beside its floor, what as many exact draws give. Results go to docs/results/band
 """
 
 import argparse
-import fcntl
-import json
 import math
 import os
-import platform
-import tempfile
 import time
-from pathlib import Path
 
 import torch
+from results import load, store
 from torch import Tensor
 
 import rl
 from rl.off_policy import NextAction
-from rsm_sampler import __version__
 from rsm_sampler.metrics import total_variation_floor
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bandit.json"
 PLACE, SHARES = 0.4, (0.7, 0.3)
 EDGES = torch.linspace(-1, 1, 51, dtype=torch.float64)
 
@@ -217,29 +211,6 @@ def dpmd(dim: int, width: float, num_steps: int, steps: int, seed: int) -> dict:
     }
 
 
-def load() -> dict:
-    """All results so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def store(key: str, record: dict) -> None:
-    """Add one result; several processes may do so."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    record["machine"] = {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "rsm_sampler": __version__,
-    }
-    with Path(tempfile.gettempdir(), "rsm_sampler_bandit.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = {**load(), key: record}
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-        temporary.replace(RESULTS)
-
-
 def main() -> None:
     """Measure what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -257,11 +228,11 @@ def main() -> None:
             for dim in arguments.dims:
                 for width in arguments.widths:
                     key = f"{agent} d={dim} sigma={width} T={num_steps}/{arguments.seed}"
-                    if key in load() or (agent == "dpmd" and num_steps == 20):
+                    if key in load("bandit") or (agent == "dpmd" and num_steps == 20):
                         continue
                     measure = sdac if agent == "sdac" else dpmd
                     record = measure(dim, width, num_steps, arguments.steps, arguments.seed)
-                    store(key, record)
+                    store("bandit", key, record)
                     short = {
                         k: round(v, 4) if isinstance(v, float) else v
                         for k, v in record.items()

@@ -11,20 +11,14 @@ this library is the yardstick beside them.
 """
 
 import argparse
-import fcntl
-import json
 import os
-import platform
-import tempfile
 import time
-from pathlib import Path
 
 import torch
+from results import load, store
 
 import rl
-from rsm_sampler import __version__
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "learning.json"
 # Steps within which a mean return is to be reached.
 GOALS = {"Pendulum-v1": (15_000, -200.0), "InvertedPendulum-v5": (20_000, 1000.0)}
 SIZES = {
@@ -67,30 +61,7 @@ def run(agent: str, env: str, seed: int) -> dict:
         "updates": trained.updates,
         "evaluations": evaluations,
         "seconds": time.perf_counter() - started,
-        "machine": {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "rsm_sampler": __version__,
-        },
     }
-
-
-def load() -> dict:
-    """All results so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def store(key: str, record: dict) -> None:
-    """Add one result; several processes may do so."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with Path(tempfile.gettempdir(), "rsm_sampler_learning.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = {**load(), key: record}
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-        temporary.replace(RESULTS)
 
 
 def main() -> None:
@@ -106,10 +77,10 @@ def main() -> None:
         for seed in arguments.seeds:
             for agent in arguments.agents:
                 key = f"{agent} {env}/{seed}"
-                if key not in load():
-                    store(key, run(agent, env, seed))
+                if key not in load("learning"):
+                    store("learning", key, run(agent, env, seed))
     print(f"{'':32}{'goal reached at':>16}{'last':>10}{'best':>10}")
-    for key, record in load().items():
+    for key, record in load("learning").items():
         print(
             f"{key:32}{record['reached_at'] or '-':>16}{record['last']:>10.1f}"
             f"{record['best']:>10.1f}"
