@@ -83,7 +83,7 @@ def evaluate(
         _record(agent, env, seed, deterministic, Path(video))
     copies = episodes if isinstance(env, str) or _is_maker(env) else 1
     environments = Environments(env, copies)
-    _check(agent, environments)
+    check_fits(agent, environments)
     copies = environments.num_envs
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     for begin in range(0, episodes, copies):
@@ -112,11 +112,22 @@ def _unit_action(
     return 2 * (action - agent.low) / (agent.high - agent.low) - 1
 
 
-def _check(agent: OffPolicyAgent, environments: Environments) -> None:
+def check_fits(agent: OffPolicyAgent | Environments, environments: Environments) -> None:
+    """Refuse environments whose observations or actions are not the agent's.
+
+    Arguments:
+        agent: The agent, or the environments that it is made for.
+        environments: The environments.
+
+    Raises:
+        ValueError: If a length differs.
+    """
     for name in ("observation_dim", "action_dim"):
         have, want = getattr(environments, name), getattr(agent, name)
         if have != want:
-            raise ValueError(f"env must have the agent's {name} {want}, got {have}")
+            raise ValueError(
+                f"env must have the agent's {name} {want}, got {have} in {environments.name}"
+            )
 
 
 def _is_maker(env: EnvironmentSource) -> bool:
@@ -133,7 +144,7 @@ def _record(
     except ImportError as error:
         raise ImportError("a video needs: pip install 'rsm-sampler[video]'") from error
     environments = Environments(env, 1, render_mode="rgb_array")
-    _check(agent, environments)
+    check_fits(agent, environments)
     observation = environments.reset(seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = environments.vector.metadata.get("render_fps", 30)

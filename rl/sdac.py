@@ -69,8 +69,9 @@ class SDACConfig(DiffusionConfig):
         policy_states: States of a policy step, the first of the batch.
         truncated: Whether candidates come from the kernel within the box.
         anneal_stages: Stages of sequential Monte Carlo that lead the candidates towards the
-            posterior; each costs as many critic values again. For temperatures so low that K
-            independent candidates miss it (``q_weight_ess`` near 1/K).
+            posterior, for temperatures so low that K independent candidates miss it
+            (``q_weight_ess`` near 1/K).
+        anneal_moves: Steps of each candidate in a stage; each costs as many critic values again.
         proposal: h_t: the noised ``"replay"`` action, ``"uniform"`` on the box, the last
             ``"policy"``'s action as it is, or noised.
         temperature: Lambda at the start, in units of scaled reward.
@@ -88,6 +89,7 @@ class SDACConfig(DiffusionConfig):
     policy_states: int = 128
     truncated: bool = True
     anneal_stages: int = 0
+    anneal_moves: int = 1
     proposal: ProposalName = "replay"
     temperature: float = 1.0
     temperature_rule: TemperatureRule = "entropy"
@@ -109,6 +111,12 @@ class SDACConfig(DiffusionConfig):
             raise ValueError(
                 "anneal_stages must be at least 0, and 0 without truncated, "
                 f"got {self.anneal_stages}"
+            )
+        if self.anneal_moves < 1:
+            raise ValueError(f"anneal_moves must be at least 1, got {self.anneal_moves}")
+        if self.anneal_stages > 0 and self.num_draws < 4:
+            raise ValueError(
+                f"num_draws must be at least 4 with anneal_stages, got {self.num_draws}"
             )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
@@ -213,6 +221,7 @@ class SDAC(DiffusionAgent):
                 self._kernel,
                 config.num_draws,
                 stages=config.anneal_stages,
+                moves=config.anneal_moves,
                 generator=self.generator,
             )
         else:

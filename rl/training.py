@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from rl.dpmd import DPMD
 from rl.environments import Environments, EnvironmentSource, describe
-from rl.evaluation import evaluate
+from rl.evaluation import check_fits, evaluate
 from rl.off_policy import AgentConfig, OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
 from rl.sac import SAC
@@ -138,6 +138,7 @@ def resume(
     run_dir: str | os.PathLike[str],
     *,
     env: EnvironmentSource | None = None,
+    eval_env: EnvironmentSource | None = None,
     total_steps: int | None = None,
     device: torch.device | str = "auto",
     progress: bool | None = None,
@@ -149,6 +150,7 @@ def resume(
     Arguments:
         run_dir: Its folder.
         env: The environment, where the run did not get it by id.
+        eval_env: That of evaluations, where the run had another one and did not get it by id.
         total_steps: A new length.
         device: As in :func:`train`.
         progress: As in :func:`train`.
@@ -157,10 +159,14 @@ def resume(
 
     Raises:
         CheckpointError: If the folder holds no run.
+        ValueError: If an environment is needed that has no id.
     """
     about = read_about(Path(run_dir))
-    if env is None and not about["by_id"]:
-        raise ValueError(f"env must be given for a run on {about['env']}, which has no id")
+    for name, given, known in (("env", env, "by_id"), ("eval_env", eval_env, "eval_by_id")):
+        if given is None and not about[known]:
+            raise ValueError(
+                f"{name} must be given for a run on {about[name]}, which has no id, got None"
+            )
     kind = AGENTS[about["agent"]].config_type
     run = _Run(
         about["agent"],
@@ -170,7 +176,7 @@ def resume(
         config=kind(**about["config"]),
         run_dir=run_dir,
         device=device,
-        eval_env=None,
+        eval_env=about["eval_env"] if eval_env is None else eval_env,
         eval_every=about["eval_every"],
         eval_episodes=about["eval_episodes"],
         checkpoint_every=about["checkpoint_every"],
@@ -252,6 +258,9 @@ class _Run:
         given = not isinstance(env, str) and hasattr(env, "step")
         copies = getattr(env, "num_envs", 1) if given else config.num_envs
         self.environments = Environments(env, copies)
+        self.given_eval_env = eval_env
+        if eval_env is not None:
+            check_fits(self.environments, Environments(eval_env))
         self.eval_env = (None if given else env) if eval_env is None else eval_env
         self.about = {
             "agent": agent,
@@ -448,6 +457,8 @@ class _Run:
         about = {
             **self.about,
             "total_steps": self.total_steps,
+            "eval_env": None if self.given_eval_env is None else describe(self.given_eval_env),
+            "eval_by_id": isinstance(self.given_eval_env, str | None),
             "eval_every": self.eval_every,
             "eval_episodes": self.eval_episodes,
             "checkpoint_every": self.checkpoint_every,

@@ -471,7 +471,7 @@ class _Finder:
                 break  # the proposal stays the one these points were drawn from
             proposal = self._fit(found, beta)
         if beta > 0.05 and self._stretch(found, beta, drawn_from) > 0.65:
-            self._refuse_flat(proposal, stage, evaluations)
+            self._refuse_flat(proposal, stage, 2 * evaluations)
         if float(found.ess(1.0)) >= few:
             beta = 1.0
         return proposal, found, beta
@@ -502,10 +502,16 @@ class _Finder:
         return float(torch.linalg.eigvalsh(covariance)[-1]) * (1 - 2 / _TAIL)
 
     def _refuse_flat(self, proposal: StudentT, stage: int, evaluations: int) -> None:
-        """Stretch the proposal again and again: does the energy hold the points back?"""
+        """Stretch the proposal again and again: does the energy hold the points back?
+
+        Where it does not, log Z grows with the width; heavy tails widen too, with an end to log Z.
+        A flat direction lies anywhere, and over many widths a small angle leads away from it: the
+        moments are taken as they are.
+        """
         rows = self._rows(stage)
         few = min(0.1 * stage, max(24.0, 3.0 * self.dim))
         start = float(torch.linalg.matrix_norm(proposal.scale_tril, 2))
+        log_z: list[float] = []
         for _ in range(12):
             if self.spent + stage > evaluations:
                 return
@@ -513,16 +519,18 @@ class _Finder:
             x = wide.sample(stage, self.generator)
             found, _ = self._evaluated(x, wide.log_prob(x), rows)
             beta = _largest_beta(found, few)
-            if self._stretch(found, beta, wide) < 0.6:
+            # Where it is held the stretch is a ninth of a half; at a small beta all is wide.
+            if beta < 0.05 or self._stretch(found, beta, wide) < 0.3:
                 return
-            proposal = self._fit(found, beta)
+            log_z.append(float(torch.logsumexp(found.log_weight(1.0).reshape(-1), 0)))
+            proposal = self._fit(found, beta, shrunk=False)
             width = float(torch.linalg.matrix_norm(proposal.scale_tril, 2))
-            if width > 1e4 * start:
+            if width > 1e4 * start and log_z[-1] - log_z[0] > 0.5 * math.log(width / start):
                 raise EnergyError(_unbounded(width))
 
-    def _fit(self, found: _Weighted, beta: float) -> StudentT:
+    def _fit(self, found: _Weighted, beta: float, *, shrunk: bool = True) -> StudentT:
         """Student-t with the weighted moments, shrunk to a diagonal where there are few points."""
-        loc, scale_tril = _moments(found.x, found.normalised(beta))
+        loc, scale_tril = _moments(found.x, found.normalised(beta), shrunk=shrunk)
         return StudentT(loc, scale_tril * math.sqrt(1.2))
 
     def density(
@@ -617,7 +625,7 @@ class _Finder:
         return Bank.of_samples(x, method="chains", log_z=log_z)
 
 
-def _moments(points: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(points: Tensor, weight: Tensor, *, shrunk: bool = True) -> tuple[Tensor, Tensor]:
     """Weighted mean and Cholesky factor of the covariance, shrunk where there are few points."""
     dim = points.shape[-1]
     weight, x = weight.reshape(-1, 1), points.reshape(-1, dim)
@@ -625,9 +633,9 @@ def _moments(points: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     centred = x - loc
     covariance = (weight * centred).mT @ centred
     ess = float(1 / weight.square().sum())
-    shrink = (dim / (dim + ess)) ** 2
+    shrink = (dim / (dim + ess)) ** 2 if shrunk else 0.0
     diagonal = covariance.diagonal().clamp(min=1e-300)
-    if dim > 1:  # the diagonal, too, goes towards its mean, on the log scale
+    if dim > 1 and shrunk:  # the diagonal, too, goes towards its mean, on the log scale
         diagonal = torch.exp((1 - 1 / ess) * diagonal.log() + diagonal.log().mean() / ess)
     covariance = (1 - shrink) * covariance + shrink * diagonal.diag()
     return loc, torch.linalg.cholesky(covariance + 1e-12 * diagonal.diag())

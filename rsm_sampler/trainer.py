@@ -57,6 +57,7 @@ __all__ = ["EnergyDiffusionTrainer", "Progress", "TrainerConfig"]
 _KIND, _VERSION = "trainer", 1
 _LEAST_BUDGET = 500
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
+_CONTEXT_POOL = 32  # draws from which one context to train on is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ class TrainerConfig:
     Attributes:
         search_evaluations: Energy evaluations of the search before the bank, without a budget.
         bank_size: Energy evaluations of the bank, without a budget.
-        bank_contexts: Number of contexts in the bank of a conditional energy.
+        bank_contexts: Number of contexts in the bank of a conditional energy: half of them as they
+            are drawn, half the most scattered of 32 times as many draws.
         steps_per_cycle: Optimiser steps of the first cycle; each later one has half as many again.
         max_cycles: Most cycles.
         max_epochs: Most passes over the bank, counted by its effective size; more would learn its
@@ -455,7 +457,7 @@ class EnergyDiffusionTrainer:
                 evaluations=search_size,
                 bank_size=bank_size,
                 generator=self.generator,
-                draw_context=None if self.draw_context is None else self._contexts,
+                draw_context=None if self.draw_context is None else self._spread_contexts,
                 rows=min(self.config.bank_contexts, max(1, bank_size // 128))
                 if self.draw_context
                 else 1,
@@ -514,6 +516,22 @@ class EnergyDiffusionTrainer:
                 f"{tuple(context.shape) if isinstance(context, Tensor) else type(context)}"
             )
         return context.to(self.device)
+
+    def _spread_contexts(self, n: int) -> Tensor:
+        """Contexts to train on: half of them as they come, half where those are far apart.
+
+        The second half are chosen from a larger draw, one after the other, each the one farthest
+        from all before it, so that the rare contexts at the edge are not left to extrapolation.
+        """
+        pool = self._contexts(_CONTEXT_POOL * n)
+        std = pool.std(0)
+        places = pool / torch.where(std > 0, std, torch.ones_like(std))
+        chosen = list(torch.arange(n - n // 2, device=pool.device).unbind())
+        nearest = torch.cdist(places, places[: len(chosen)]).amin(-1)
+        for _ in range(n // 2):
+            chosen.append(nearest.argmax())
+            nearest = torch.minimum(nearest, (places - places[chosen[-1]]).norm(dim=-1))
+        return pool[torch.stack(chosen)]
 
     # ---------------------------------------------------------------- training
 

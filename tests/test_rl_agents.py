@@ -591,6 +591,8 @@ def test_nothing_is_read_back_in_an_update():
     ("kind", "changes", "message"),
     [
         (SDACConfig, {"num_draws": 0}, "num_draws must be at least 1, got 0"),
+        (SDACConfig, {"anneal_moves": 0}, "anneal_moves must be at least 1, got 0"),
+        (SDACConfig, {"num_draws": 3, "anneal_stages": 1}, "num_draws must be at least 4 with"),
         (SDACConfig, {"policy_states": 300}, "policy_states must be from 1 to batch_size 256"),
         (SDACConfig, {"discount": 1.0}, r"discount must be in \[0, 1\), got 1.0"),
         (SDACConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),

@@ -164,6 +164,34 @@ def test_an_environment_by_hand(tmp_path):
     rl.resume(tmp_path / "run", env=gym.make("Pendulum-v1"), total_steps=70, progress=False)
 
 
+def test_the_environment_of_evaluations_is_kept(tmp_path):
+    def shorter():
+        return gym.make("Pendulum-v1", max_episode_steps=7)
+
+    gym.register("Shorter-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=7)
+    options = {"eval_every": 40, "eval_episodes": 1, "total_steps": 40}
+    try:
+        for source in ("Shorter-v0", shorter):
+            folder = tmp_path / str(callable(source))
+            quick("sdac", run_dir=folder, eval_env=source, **options)
+            if callable(source):
+                with pytest.raises(ValueError, match="eval_env must be given for a run on short"):
+                    rl.resume(folder)
+            again = source if callable(source) else None
+            rl.resume(folder, eval_env=again, total_steps=80, progress=False)
+            lines = [json.loads(s) for s in (folder / "log.jsonl").read_text().splitlines()]
+            assert [s["eval_length"] for s in lines if "eval_length" in s] == [7, 7]
+    finally:
+        del gym.registry["Shorter-v0"]
+
+
+@pytest.mark.bad_input
+def test_another_kind_of_environment_for_evaluations(tmp_path):
+    with pytest.raises(ValueError, match="observation_dim 3, got 2 in MountainCarContinuous-v0"):
+        quick("sdac", run_dir=tmp_path / "run", eval_env="MountainCarContinuous-v0")
+    assert not (tmp_path / "run").exists()
+
+
 def test_observations_are_standardised():
     agent = quick("sdac", normalise_observations=True)
     assert float(agent.moments.count) == 80
