@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.networks import EnsembleMLP
+from rsm_sampler.ensemble import EnsembleMLP
 
 __all__ = ["Critic", "best_candidate"]
 

@@ -2,7 +2,7 @@ r"""A diffusion policy: one network for all states, sampled by the core's ancest
 
 The policy is the core's :class:`~rsm_sampler.denoisers.Denoiser` with the observation as context,
 at the T noise levels of a discrete schedule, and its actions are the core's
-:class:`~rsm_sampler.samplers.Ancestral` chain over these levels. Two things are particular to
+:class:`~rsm_sampler.ancestral.Ancestral` chain over these levels. Two things are particular to
 actions.
 
 **They live in a box.** The denoised action is cut to :math:`[-1, 1]` at every step of the chain
@@ -22,9 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.ancestral import Ancestral
 from rsm_sampler.denoisers import Denoiser, Prediction
-from rsm_sampler.networks import EnsembleMLP
-from rsm_sampler.samplers import DDIM, Ancestral
+from rsm_sampler.ensemble import EnsembleMLP
+from rsm_sampler.flows import DDIM
 from rsm_sampler.schedules import DiscreteSchedule
 
 __all__ = ["DiffusionPolicy", "PolicyNetwork"]

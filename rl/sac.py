@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rl.off_policy import AgentConfig, NextAction, OffPolicyAgent
 from rl.replay import Batch
-from rsm_sampler.networks import EnsembleMLP
+from rsm_sampler.ensemble import EnsembleMLP
 
 __all__ = ["SAC", "SACConfig"]
 

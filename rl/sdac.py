@@ -49,10 +49,12 @@ from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.off_policy import NextAction
 from rl.replay import Batch
 from rsm_sampler.annealing import annealed_estimate
+from rsm_sampler.box_kernel import TruncatedReverseKernel
 from rsm_sampler.estimators import posterior_estimate
-from rsm_sampler.kernels import ReverseKernel, TruncatedReverseKernel, forward_kernel
+from rsm_sampler.kernels import ReverseKernel
 from rsm_sampler.losses import estimate_loss, noise_weight
 from rsm_sampler.proposals import UniformProposal
+from rsm_sampler.transitions import forward_kernel
 
 __all__ = ["SDAC", "SDACConfig"]
 

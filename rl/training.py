@@ -43,9 +43,10 @@ from rl.off_policy import AgentConfig, OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
 from rl.sac import SAC
 from rl.sdac import SDAC
-from rsm_sampler import __version__, checkpoint
+from rsm_sampler import checkpoint
 from rsm_sampler.interrupts import deferred_interrupt
 from rsm_sampler.loggers import JSONLinesLogger, Logger
+from rsm_sampler.version import __version__
 
 __all__ = ["AGENTS", "RunProgress", "load", "read_about", "resume", "train"]
 

@@ -22,13 +22,13 @@ from rsm_sampler.diagnostics import Diagnosis
 from rsm_sampler.energy import BudgetExceededError, EnergyError
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.loggers import JSONLinesLogger, Logger, MemoryLogger, TensorBoardLogger
-from rsm_sampler.trainer import EnergyDiffusionTrainer, Progress, TrainerConfig
+from rsm_sampler.trainer import EnergyDiffusionTrainer, Progress
+from rsm_sampler.trainer_config import TrainerConfig
+from rsm_sampler.version import __version__
 
 if TYPE_CHECKING:
     import energies as energies
     import rl as rl
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BudgetExceededError",

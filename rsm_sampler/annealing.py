@@ -26,8 +26,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.box_kernel import TruncatedReverseKernel
 from rsm_sampler.estimators import PosteriorEstimate
-from rsm_sampler.kernels import ReverseKernel, TruncatedReverseKernel, sigma_column
+from rsm_sampler.kernels import ReverseKernel
+from rsm_sampler.transitions import sigma_column
 
 __all__ = ["annealed_estimate"]
 

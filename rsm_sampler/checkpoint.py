@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rsm_sampler.version import __version__
+
 MAGIC = "rsm_sampler checkpoint"
 FORMAT = 1
 
@@ -66,8 +68,6 @@ def save(
         ...     load(path, kind="demo")
         {'step': 3, 'mean': tensor([0., 0.])}
     """
-    from rsm_sampler import __version__
-
     if version < 1:
         raise ValueError(f"version must be at least 1, got {version}")
     if not isinstance(payload, dict):

@@ -38,7 +38,8 @@ from rsm_sampler.plotting import (
     plot_weights,
     save_figure,
 )
-from rsm_sampler.trainer import EnergyDiffusionTrainer, TrainerConfig
+from rsm_sampler.trainer import EnergyDiffusionTrainer
+from rsm_sampler.trainer_config import TrainerConfig
 
 __all__ = ["diagnose", "fit", "main", "sample"]
 

@@ -29,8 +29,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rsm_sampler.kernels import sigma_column
 from rsm_sampler.networks import shared_level
+from rsm_sampler.transitions import sigma_column
 
 __all__ = ["Denoiser", "DenoiserFunction", "Prediction"]
 

@@ -2,9 +2,8 @@ r"""May I trust these samples? A verdict that can be wrong in neither direction.
 
 What a sampler says of itself cannot show what it never saw: its effective sample size, its log Z
 and short chains from its draws all look perfect when a mode is missing. So trust rests on an
-**independent witness**: energies at points that were never fed to training, drawn far beyond the
-sampler's own reach, or parallel tempering where such points are too few to say anything. Six
-questions, each with its error:
+**independent witness** (:mod:`rsm_sampler.witness`) that owes nothing to training. Six questions,
+each with its error:
 
 =================== ===============================================================================
 effective sample    exact importance weights of n fresh draws; their share of equal weight
@@ -30,64 +29,72 @@ References:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.energy import MeteredEnergy
-from rsm_sampler.kernels import cumulative_weight, stratified_indices
-from rsm_sampler.mcmc import refine, run_mcmc
-from rsm_sampler.search import KernelDensity, StudentT
+from rsm_sampler.mcmc import refine
+from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.witness import MASS_TOLERANCE, SIGNIFICANT, Witness, find_witness
 
-if TYPE_CHECKING:
-    from rsm_sampler.energy_sampler import EnergySampler
-
-__all__ = ["Diagnosis", "Witness", "diagnose", "pareto_shape"]
+__all__ = ["Diagnosis", "Examinable", "diagnose", "pareto_shape"]
 
 _LEAST_ESS = 0.8  # share of equally weighted draws, ODE weights
 _LOG_Z_TOLERANCE = 0.03
-_MASS_TOLERANCE = 0.015
 _DRIFT_TOLERANCE = 0.1  # of the energies' standard deviation
-_SIGNIFICANT = 4.0
-_CELLS = 24
 
 
-@dataclass(frozen=True)
-class Witness:
-    """An estimate of the target that owes nothing to the training.
-
-    Attributes:
-        method: ``"broad bank"`` or ``"parallel tempering"``.
-        evaluations: Energy evaluations it took.
-        ess: Its effective sample size.
-        log_z: Its estimate of log Z.
-        log_z_se: The standard error of it.
-        masses: Its masses of the regions: cells, and clusters of cells.
-        masses_se: Their standard errors.
-        reach: Radius within which half of its points lie, in widths of the sampler's target.
-    """
-
-    method: str
-    evaluations: int
-    ess: float
-    log_z: float
-    log_z_se: float
-    masses: Tensor
-    masses_se: Tensor
-    reach: float
+class _Draws(Protocol):
+    """Draws with importance log-weights."""
 
     @property
-    def conclusive(self) -> bool:
-        """Whether it can confirm anything: a tenth of the mass in the wrong place would show."""
-        return self.ess >= 300 and self.log_z_se <= 0.04 and float(self.masses_se.amax()) <= 0.02
+    def x(self) -> Tensor: ...
+    @property
+    def log_weight(self) -> Tensor: ...
+    @property
+    def energy(self) -> Tensor: ...
+    @property
+    def log_prob(self) -> Tensor | None: ...
+
+
+class Examinable(Protocol):
+    """What can be examined, such as an :class:`~rsm_sampler.energy_sampler.EnergySampler`."""
+
+    bounds: Bounds
+    affine: Affine
+    search: dict[str, Any]
+    draw_context: Callable[..., Tensor] | None
 
     @property
-    def resolution(self) -> float:
-        """The smallest error of a region's mass that the comparison is sure to find."""
-        return _MASS_TOLERANCE + 2 * _SIGNIFICANT * float(self.masses_se.amax())
+    def dim(self) -> int:
+        """Length of a point."""
+        ...
+
+    @property
+    def context_dim(self) -> int | None:
+        """Length of a context, None without."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where draws are made."""
+        ...
+
+    def weighted_draws(
+        self,
+        n: int,
+        *,
+        energy: MeteredEnergy | None = None,
+        context: Any = None,  # noqa: ANN401
+        generator: torch.Generator | None = None,
+    ) -> _Draws:
+        """Draws with exact importance weights."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class Diagnosis:
 
 
 def diagnose(
-    sampler: "EnergySampler",
+    sampler: Examinable,
     n: int = 8192,
     *,
     energy: MeteredEnergy,
@@ -206,7 +213,7 @@ def diagnose(
 class _Examination:
     def __init__(
         self,
-        sampler: "EnergySampler",
+        sampler: Examinable,
         n: int,
         energy: MeteredEnergy,
         context: Tensor | None,
@@ -235,7 +242,9 @@ class _Examination:
         log_z = float(torch.logsumexp(log_weight[finite], 0)) - math.log(self.n)
         log_z_se = math.sqrt(max(self.n / max(ess, 1e-9) - 1, 0) / self.n)
         drift, drift_se, spread = self._drift(z, draws.energy.isfinite())
-        witness, masses = self._witness(z)
+        witness, masses = find_witness(
+            lambda y: self._energy_of_z(y, "witness"), z, self.witness_evaluations, self.generator
+        )
         shape = pareto_shape(log_weight[finite])
 
         findings, advice = [], []
@@ -255,13 +264,13 @@ class _Examination:
             advice.append("use sampler.weighted_draws(n).resample(m), or train longer")
         gap = abs(log_z - witness.log_z)
         error = math.hypot(log_z_se, witness.log_z_se)
-        if not gap <= _LOG_Z_TOLERANCE + _SIGNIFICANT * error:
+        if not gap <= _LOG_Z_TOLERANCE + SIGNIFICANT * error:
             findings.append(f"log Z differs from the witness by {gap:.3f} (error {error:.3f})")
             advice.append(_MISSING)
         noise = (masses * (1 - masses) / self.n + witness.masses_se.square()).sqrt()
         difference = (masses - witness.masses).abs()
-        if not bool((difference <= _MASS_TOLERANCE + _SIGNIFICANT * noise).all()):
-            k = int((difference - _SIGNIFICANT * noise).argmax())
+        if not bool((difference <= MASS_TOLERANCE + SIGNIFICANT * noise).all()):
+            k = int((difference - SIGNIFICANT * noise).argmax())
             findings.append(
                 f"a region holds {float(masses[k]):.3f} of the samples where the witness has "
                 f"{float(witness.masses[k]):.3f} ± {float(witness.masses_se[k]):.3f}"
@@ -269,7 +278,7 @@ class _Examination:
             advice.append(_MISSING)
         if math.isnan(drift):
             findings.append("no draw has a finite energy")
-        elif not abs(drift) <= _DRIFT_TOLERANCE * spread + _SIGNIFICANT * drift_se:
+        elif not abs(drift) <= _DRIFT_TOLERANCE * spread + SIGNIFICANT * drift_se:
             findings.append(
                 f"energies drift by {drift:+.3f} ± {drift_se:.3f} under an exact chain"
             )
@@ -336,155 +345,6 @@ class _Examination:
         spread = float(result.energy[result.energy.isfinite()].std(correction=0))
         return float(result.energy_drift), float(result.energy_drift_se), spread
 
-    def _witness(self, z: Tensor) -> tuple[Witness, Tensor]:
-        witness, masses = self._broad_bank(z, self.witness_evaluations)
-        if witness.conclusive or self.witness_evaluations < 20_000 or self.sampler.dim < 3:
-            return witness, masses
-        tempered, tempered_masses = self._tempering(z)
-        return tempered, tempered_masses
-
-    def _broad_bank(self, z: Tensor, evaluations: int) -> tuple[Witness, Tensor]:
-        """Importance sampling from kernels around the draws and two wide laws.
-
-        Where there are enough evaluations for it, a quarter of them goes to scouts first. Chains
-        that cool down from far outside end in modes, whether or not the draws know them; a first
-        round weighs what they found. Estimates use the last round alone.
-        """
-        centres, scouts = z[:800], 0
-        if evaluations >= 10_000:
-            scouts = evaluations // 8
-            found = self._descents(z.shape[-1], z, scouts)
-            points, log_weight = self._round(torch.cat([z[:500], found]), scouts, neighbours=3)
-            centres = torch.cat([z[:500], found])
-            if bool(log_weight.isfinite().any()):
-                cumulative = cumulative_weight(points, log_weight)
-                index = stratified_indices(cumulative, 500, self.generator)
-                centres = torch.cat([z[:500], points[index]])
-        points, log_weight = self._round(centres, evaluations - 2 * scouts)
-        weight = torch.softmax(log_weight, 0).nan_to_num(0.0)
-        ess = float(1 / weight.square().sum().clamp(min=1e-300))
-        log_z = float(torch.logsumexp(log_weight, 0)) - math.log(len(points))
-        if bool(log_weight.isfinite().any()):
-            index = stratified_indices(cumulative_weight(points, log_weight), 4096, self.generator)
-            cells = _cells(torch.cat([z[:4096], points[index]]), self.generator)
-        else:
-            cells = z[:1]
-        regions = _regions(cells)
-        inside = regions[_nearest(points, cells)]
-        masses = weight @ inside
-        # Delta method for a ratio of weighted means.
-        se = (weight.square() @ (inside - masses).square()).sqrt()
-        reach = float(points.square().sum(-1).sqrt().median())
-        witness = Witness(
-            "broad bank",
-            evaluations,
-            ess,
-            log_z,
-            math.sqrt(max(1 / max(ess, 1e-9) - 1 / len(points), 0.0)),
-            masses,
-            se,
-            reach,
-        )
-        return witness, regions[_nearest(z, cells)].mean(0)
-
-    def _descents(self, dim: int, like: Tensor, evaluations: int) -> Tensor:
-        """Ends of Metropolis chains that start far outside and cool down to temperature 1."""
-        steps = 32
-        number = evaluations // steps
-        eye = torch.eye(dim, dtype=like.dtype, device=like.device)
-        x = StudentT(torch.zeros_like(eye[0]), 4.0 * eye).sample(number, self.generator)
-        energy = self._energy_of_z(x, "witness")
-        for k in range(1, steps):
-            beta = 0.02 ** (1 - k / (steps - 1))
-            size = torch.rand(number, 1, dtype=x.dtype, device=x.device, generator=self.generator)
-            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=self.generator)
-            trial = x + 10 ** (0.4 - 1.6 * size) * noise
-            trial_energy = self._energy_of_z(trial, "witness")
-            u = torch.rand(number, dtype=x.dtype, device=x.device, generator=self.generator)
-            # Infinite before and after: no move.
-            accept = u.log() < beta * (energy - trial_energy)
-            x = torch.where(accept[:, None], trial, x)
-            energy = torch.where(accept, trial_energy, energy)
-        return x[energy.isfinite()]
-
-    def _round(self, centres: Tensor, size: int, neighbours: int = 8) -> tuple[Tensor, Tensor]:
-        """Points around the centres and far beyond them, with their log-weights.
-
-        The proposal has kernels at the centres, which follow any shape in few dimensions; heavy
-        tailed laws with the moments of clusters of centres, which serve in more; two wide laws.
-        """
-        dim = centres.shape[-1]
-        eye = torch.eye(dim, dtype=centres.dtype, device=centres.device)
-        origin = torch.zeros(dim, dtype=centres.dtype, device=centres.device)
-        distinct, copies = centres.unique(dim=0, return_counts=True)
-        kernels = KernelDensity(
-            distinct,
-            copies.to(centres) / len(centres),
-            StudentT(origin, 1.3 * eye),
-            share=0.6,
-            neighbours=neighbours,
-        )
-        parts: list[KernelDensity | StudentT] = [kernels, StudentT(origin, 4.0 * eye)]
-        numbers = [size - size // 8 - size // 4, size // 8]
-        label = _nearest(centres, _cells(centres, self.generator, 8))
-        for k in label.unique():
-            members = centres[label == k]
-            numbers.append(size // 4 * len(members) // len(centres))
-            centred = members - members.mean(0)
-            covariance = centred.mT @ centred / len(members)
-            diagonal = covariance.diagonal().clamp(min=1e-4).diag()
-            few = dim / (dim + len(members))
-            covariance = (1 - few) * covariance + few * diagonal + 1e-6 * diagonal
-            parts.append(StudentT(members.mean(0), 1.2 * torch.linalg.cholesky(covariance)))
-        pairs = list(zip(parts, numbers, strict=True))
-        points = torch.cat([part.sample(number, self.generator) for part, number in pairs])
-        log_q = torch.stack([part.log_prob(points) + math.log(max(number, 1e-300) / len(points))
-                             for part, number in pairs]).logsumexp(0)  # fmt: skip
-        return points, -self._energy_of_z(points, "witness") - log_q
-
-    def _tempering(self, z: Tensor) -> tuple[Witness, Tensor]:
-        """Parallel tempering from a reference twice as wide as the target."""
-        chains, levels = 48, 12
-        evaluations = 8 * self.witness_evaluations
-        like: dict[str, Any] = {"dtype": z.dtype, "device": z.device, "generator": self.generator}
-        start = 2.0 * torch.randn(chains, z.shape[-1], **like)
-        finite = self._energy_of_z(start, "witness").isfinite()
-        start = torch.where(finite[:, None], start, z[: len(start)])
-        result = run_mcmc(
-            lambda y: self._energy_of_z(y, "witness"),
-            start,
-            evaluations=evaluations,
-            generator=self.generator,
-            num_levels=levels,
-            reference_loc=0.0,
-            reference_scale=2.0,
-            num_samples=chains * 64,
-        )
-        assert result.log_z is not None and result.log_z_se is not None
-        kept = result.chains  # (kept, chains, dim)
-        flat = kept.reshape(-1, z.shape[-1])
-        cells = _cells(torch.cat([z[:4096], flat]), self.generator)
-        regions = _regions(cells)
-        by_chain = regions[_nearest(flat, cells)].double()
-        by_chain = by_chain.reshape(kept.shape[0], -1, len(regions.mT)).mean(0)
-        masses = by_chain.mean(0)
-        se = by_chain.std(0) / math.sqrt(len(by_chain))
-        # Independent chains: the spread of their masses tells how many draws they are worth.
-        binomial = masses * (1 - masses)
-        worth = (binomial.sum() / se.square().sum().clamp(min=1e-12)).clamp(max=len(flat))
-        reach = float(start.square().sum(-1).sqrt().median())
-        witness = Witness(
-            "parallel tempering",
-            result.evaluations,
-            float(worth),
-            float(result.log_z),
-            float(result.log_z_se),
-            masses,
-            se,
-            reach,
-        )
-        return witness, regions[_nearest(z, cells)].mean(0)
-
 
 _MISSING = (
     "modes are missing or weighted wrongly: a larger budget or search_evaluations, another seed, "
@@ -532,46 +392,3 @@ def pareto_shape(log_weight: Float[Tensor, " n"]) -> float:
     best = float((weight * theta).sum())
     shape = float(torch.log1p(-best * excess).mean())
     return (tail * shape + 10 * 0.5) / (tail + 10)
-
-
-def _cells(points: Tensor, generator: torch.Generator, most: int = _CELLS) -> Tensor:
-    """Centres of nearest-centre cells: k-means from starts that are far apart."""
-    centres = points[:1]
-    for _ in range(min(most, len(points)) - 1):
-        square = torch.cdist(points, centres).amin(-1).square()
-        if not bool(square.sum() > 0):
-            break
-        pick = torch.multinomial(square / square.sum(), 1, generator=generator)
-        centres = torch.cat([centres, points[pick]])
-    for _ in range(10):
-        member = torch.nn.functional.one_hot(_nearest(points, centres), len(centres)).to(points)
-        count = member.sum(0)
-        centres = torch.where(
-            count[:, None] > 0, (member.mT @ points) / count.clamp(min=1)[:, None], centres
-        )
-    return centres
-
-
-def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    return torch.cat([torch.cdist(piece, centres).argmin(-1) for piece in points.split(16_384)])
-
-
-def _regions(cells: Tensor) -> Tensor:
-    """Which regions each cell belongs to, (cells, regions): itself, and clusters of cells.
-
-    The clusters are those of average linkage, down to the last two.
-    """
-    number = len(cells)
-    apart = torch.cdist(cells, cells)
-    clusters = list(torch.eye(number, dtype=cells.dtype, device=cells.device))
-    regions = clusters.copy()
-    while len(clusters) > 2:
-        member = torch.stack(clusters)
-        size = member.sum(-1)
-        linkage = member @ apart @ member.mT / (size[:, None] * size)
-        linkage.fill_diagonal_(torch.inf)
-        i, j = sorted(divmod(int(linkage.argmin()), len(clusters)))
-        second, first = clusters.pop(j), clusters.pop(i)
-        clusters.append(first + second)
-        regions.append(first + second)
-    return torch.stack(regions, -1)

@@ -10,25 +10,25 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler import checkpoint
+from rsm_sampler.ancestral import Ancestral
 from rsm_sampler.denoisers import Denoiser
+from rsm_sampler.diagnostics import Diagnosis, diagnose
 from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.estimators import effective_sample_size
-from rsm_sampler.kernels import cumulative_weight, stratified_indices
+from rsm_sampler.flows import DDIM, Heun
+from rsm_sampler.mcmc import RefineResult, refine
 from rsm_sampler.networks import MLP
-from rsm_sampler.samplers import DDIM, Ancestral, Heun, Langevin, Sampler
+from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.samplers import Langevin, Sampler
 from rsm_sampler.schedules import EDM
 from rsm_sampler.transforms import Affine, Bounds
-
-if TYPE_CHECKING:
-    from rsm_sampler.diagnostics import Diagnosis
-    from rsm_sampler.mcmc import RefineResult
 
 __all__ = ["EnergySampler", "WeightedDraws"]
 
@@ -226,7 +226,7 @@ class EnergySampler:
         context: Contexts = None,
         method: Literal["rw", "mala", "hmc"] = "rw",
         generator: torch.Generator | None = None,
-    ) -> "RefineResult":
+    ) -> RefineResult:
         """Short Metropolis chains that leave the target invariant, from given points.
 
         Repairs the shape of modes, not their weights. Report refined samples apart from raw ones;
@@ -246,8 +246,6 @@ class EnergySampler:
         Raises:
             ValueError: If the sampler has no energy, or an argument is out of range.
         """
-        from rsm_sampler.mcmc import refine
-
         energy, full = self._energy(None).energy, self._context(len(x), context)
         z = self.affine.inverse(self.bounds.inverse(x.to(self.device)))
 
@@ -302,10 +300,8 @@ class EnergySampler:
         context: Float[Tensor, " context_dim"] | None = None,
         witness_evaluations: int | None = None,
         seed: int | None = None,
-    ) -> "Diagnosis":
+    ) -> Diagnosis:
         """How far to trust the samples; see :func:`rsm_sampler.diagnostics.diagnose`."""
-        from rsm_sampler.diagnostics import diagnose
-
         metered = None
         if energy is not None:
             metered = MeteredEnergy(energy, self.dim, context_dim=self.context_dim)

@@ -34,7 +34,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.kernels import Kernel, sigma_column
+from rsm_sampler.kernels import Kernel
+from rsm_sampler.transitions import sigma_column
 
 __all__ = [
     "PosteriorEstimate",

@@ -39,7 +39,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.estimators import PosteriorEstimate, TargetForm, normalise, posterior_estimate
-from rsm_sampler.kernels import Kernel, forward_kernel, sigma_column
+from rsm_sampler.kernels import Kernel
+from rsm_sampler.transitions import forward_kernel, sigma_column
 
 __all__ = [
     "LossWeight",

@@ -19,13 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.kernels import (
-    cumulative_weight,
-    forward_kernel,
-    sigma_column,
-    stratified_indices,
-    variance_exploding,
-)
+from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.transitions import forward_kernel, sigma_column, variance_exploding
 
 __all__ = [
     "Coordinates",

@@ -29,278 +29,22 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.bank import Bank, Evaluate
+from rsm_sampler.densities import TAIL, KernelDensity, StudentT, weighted_moments
 from rsm_sampler.energy import EnergyError
 from rsm_sampler.estimators import effective_sample_size
-from rsm_sampler.kernels import cumulative_weight, stratified_indices
+from rsm_sampler.resampling import cumulative_weight, stratified_indices
 
-__all__ = ["Bank", "KernelDensity", "StudentT", "search"]
-
-Evaluate = Callable[[Tensor, Tensor | None], Tensor]
-"""Energy of points (n, dim) with contexts (n, context_dim) or None, in unbounded coordinates."""
+__all__ = ["search"]
 
 _LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
 _ROUNDS = 4  # of kernels
-_TAIL = 5.0  # degrees of freedom of the broad proposals
-
-
-@dataclass
-class Bank:
-    """Weighted samples of the target, by context.
-
-    Attributes:
-        points: Points, (rows, columns, dim); one row without contexts.
-        log_weight: Importance log-weights, (rows, columns), up to a constant in each row.
-        context: The context of each row, (rows, context_dim), or None.
-        loc: Weighted mean of all points, (dim).
-        scale_tril: Cholesky factor of their weighted covariance, (dim, dim).
-        method: ``"bank"`` for independent draws with exact weights, ``"chains"`` for dependent
-            draws of equal weight, ``"samples"`` for given data.
-        log_z: Estimate of log Z (of the mean over contexts, with contexts).
-        log_z_se: Its standard error; NaN for chains.
-        ess: Effective sample size, summed over rows; for chains the size of the population.
-        density: What the points were drawn from; None for chains.
-    """
-
-    points: Tensor
-    log_weight: Tensor
-    context: Tensor | None
-    loc: Tensor
-    scale_tril: Tensor
-    method: str
-    log_z: float
-    log_z_se: float
-    ess: float
-    density: "KernelDensity | None" = None
-
-    @classmethod
-    def of_draws(
-        cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: "KernelDensity"
-    ) -> "Bank":
-        """A bank of independent draws with exact weights; it works out the rest."""
-        columns = log_weight.shape[1]
-        row_ess = effective_sample_size(log_weight)
-        row_log_z = torch.logsumexp(log_weight, -1) - math.log(columns)
-        relative = ((columns / row_ess - 1) / columns).clamp(min=0)
-        loc, scale_tril = _moments(points, torch.softmax(log_weight, -1) / len(log_weight))
-        return cls(
-            points=points,
-            log_weight=log_weight,
-            context=context,
-            loc=loc,
-            scale_tril=scale_tril,
-            method="bank",
-            log_z=float(row_log_z.mean()),
-            log_z_se=float(relative.sqrt().mean() / math.sqrt(len(row_ess))),
-            ess=float(row_ess.sum()),
-            density=density,
-        )
-
-    @classmethod
-    def of_samples(
-        cls, points: Tensor, *, method: str = "samples", log_z: float = math.nan
-    ) -> "Bank":
-        """A bank of equally weighted points (n, dim)."""
-        loc, scale_tril = _moments(points, torch.full_like(points[:, 0], 1 / len(points)))
-        return cls(
-            points=points[None],
-            log_weight=torch.zeros_like(points[None, :, 0]),
-            context=None,
-            loc=loc,
-            scale_tril=scale_tril,
-            method=method,
-            log_z=log_z,
-            log_z_se=math.nan,
-            ess=float(len(points)),
-        )
-
-    def extended(self, n: int, evaluate: Evaluate, generator: torch.Generator) -> "Bank":
-        """The bank with n more draws of the same density; without contexts only."""
-        assert self.density is not None and self.context is None
-        x = self.density.sample(n, generator)
-        log_weight = -evaluate(x, None).to(x.dtype) - self.density.log_prob(x)
-        return Bank.of_draws(
-            torch.cat([self.points, x[None]], 1),
-            torch.cat([self.log_weight, log_weight[None]], 1),
-            None,
-            self.density,
-        )
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values that make the same bank again."""
-        state = {f.name: getattr(self, f.name) for f in fields(self)}
-        state["density"] = None if self.density is None else self.density.state()
-        return state
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> "Bank":
-        """The bank of :meth:`state`."""
-        moved: dict[str, Any] = {
-            k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()
-        }
-        if state["density"] is not None:
-            moved["density"] = KernelDensity.from_state(state["density"], device)
-        return cls(**moved)
-
-
-class StudentT:
-    r"""Multivariate Student-t law, the broad proposal: tails no target here outruns quickly.
-
-    Arguments:
-        loc: Location, (dim).
-        scale_tril: Cholesky factor of the shape matrix, (dim, dim).
-        df: Degrees of freedom.
-    """
-
-    def __init__(self, loc: Tensor, scale_tril: Tensor, df: float = _TAIL) -> None:
-        self.loc, self.scale_tril, self.df = loc, scale_tril, df
-
-    def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
-        """Draw n points."""
-        dim = len(self.loc)
-        noise = torch.randn(
-            n, dim, dtype=self.loc.dtype, device=self.loc.device, generator=generator
-        )
-        stretch = _stretch(n, self.df, noise, generator)
-        return self.loc + (noise @ self.scale_tril.mT) * stretch
-
-    def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
-        """Log-density."""
-        dim = len(self.loc)
-        z = torch.linalg.solve_triangular(self.scale_tril, (x - self.loc).mT, upper=False)
-        half, constant = _student_constants(dim, self.df)
-        log_det = self.scale_tril.diagonal().log().sum()
-        return constant - log_det - half * torch.log1p(z.square().sum(0) / self.df)
-
-
-def _student_constants(dim: int, df: float) -> tuple[float, float]:
-    """Exponent and log normaliser of the Student-t law, for a unit shape matrix."""
-    half = (df + dim) / 2
-    return half, math.lgamma(half) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
-
-
-def _stretch(n: int, df: float, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What turns normal draws into Student-t ones, (n, 1); df is a whole number here."""
-    normal = torch.randn(n, int(df), dtype=like.dtype, device=like.device, generator=generator)
-    return (df / normal.square().sum(-1, keepdim=True)).sqrt()
-
-
-class KernelDensity:
-    r"""Student-t kernels, each with the shape of its neighbourhood, mixed with a broad law.
-
-    .. math:: q(x) = (1 - \delta) \sum_i a_i\, t_5(x; c_i, H_i)
-              + \delta\, q_{\rm broad}(x)
-
-    :math:`H_i` is :math:`(d + 2)/2` times the mean outer product of the differences to the k
-    nearest neighbours, shrunk by :math:`d/(d + k)` towards a multiple of the identity in the
-    broad law's metric. The tails reach where the neighbours do not.
-
-    Arguments:
-        centres: The M distinct centres, (M, dim).
-        weight: Their shares :math:`a_i`, (M), summing to 1.
-        broad: The broad law.
-        share: Its share, :math:`\delta`.
-        neighbours: k.
-    """
-
-    def __init__(
-        self,
-        centres: Tensor,
-        weight: Tensor,
-        broad: StudentT,
-        *,
-        share: float = 0.1,
-        neighbours: int = 12,
-    ) -> None:
-        self.weight, self.broad, self.share = weight, broad, share
-        self.white = self._whiten(centres)
-        number, dim = centres.shape
-        identity = torch.eye(dim, dtype=centres.dtype, device=centres.device)
-        k = min(neighbours, number - 1)
-        if k == 0:
-            self.tril = identity.expand(number, dim, dim).clone()
-            return
-        distance = torch.cdist(self.white, self.white, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = distance.topk(k + 1, largest=False).indices[:, 1:]
-        gap = self.white[nearest] - self.white.unsqueeze(1)
-        outer = gap.mT @ gap * ((dim + 2) / (2 * k))
-        mean = outer.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        mean = torch.where(mean > 0, mean, 1.0)  # copies of one point have no neighbourhood
-        shrink = dim / (dim + k)
-        self.tril = torch.linalg.cholesky((1 - shrink) * outer + shrink * mean * identity)
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values that make the same density again."""
-        broad = self.broad
-        return {
-            "white": self.white,
-            "weight": self.weight,
-            "tril": self.tril,
-            "loc": broad.loc,
-            "scale_tril": broad.scale_tril,
-            "df": broad.df,
-            "share": self.share,
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> "KernelDensity":
-        """The density of :meth:`state`."""
-        density = cls.__new__(cls)
-        density.broad = StudentT(
-            state["loc"].to(device), state["scale_tril"].to(device), state["df"]
-        )
-        density.share = state["share"]
-        density.white, density.weight, density.tril = (
-            state[key].to(device) for key in ("white", "weight", "tril")
-        )
-        return density
-
-    def _whiten(self, x: Tensor) -> Tensor:
-        shifted = (x - self.broad.loc).mT
-        return torch.linalg.solve_triangular(self.broad.scale_tril, shifted, upper=False).mT
-
-    def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
-        """Draw n points, the broad ones last."""
-        num_broad = round(self.share * n)
-        white = self.white
-        index = torch.multinomial(self.weight, n - num_broad, True, generator=generator)
-        noise = torch.randn(
-            len(index),
-            white.shape[-1],
-            dtype=white.dtype,
-            device=white.device,
-            generator=generator,
-        )
-        stretch = _stretch(len(index), _TAIL, noise, generator)
-        z = white[index] + (self.tril[index] @ noise.unsqueeze(-1)).squeeze(-1) * stretch
-        near = self.broad.loc + z @ self.broad.scale_tril.mT
-        return torch.cat([near, self.broad.sample(num_broad, generator)])
-
-    def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
-        """Log-density, by all kernels."""
-        dim = x.shape[-1]
-        identity = torch.eye(dim, dtype=x.dtype, device=x.device).expand_as(self.tril)
-        inverse = torch.linalg.solve_triangular(self.tril, identity, upper=False)
-        centred = (inverse @ self.white.unsqueeze(-1)).squeeze(-1)
-        log_det = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        half, constant = _student_constants(dim, _TAIL)
-        offset = self.weight.log() - log_det + constant
-        offset = offset - self.broad.scale_tril.diagonal().log().sum()
-        pieces = []
-        for piece in self._whiten(x).split(max(1, 250_000 // len(offset))):
-            exponent = torch.zeros(len(piece), len(offset), dtype=x.dtype, device=x.device)
-            for axis in range(dim):
-                gap = torch.addmm(-centred[:, axis], piece, inverse[:, axis].mT)
-                exponent.addcmul_(gap, gap, value=1 / _TAIL)
-            pieces.append(torch.logsumexp(exponent.log1p_().mul_(-half).add_(offset), -1))
-        near = torch.cat(pieces) + math.log1p(-self.share)
-        return torch.logaddexp(near, self.broad.log_prob(x) + math.log(self.share))
 
 
 def search(
@@ -499,7 +243,7 @@ class _Finder:
         weight = found.normalised(beta).reshape(-1, 1)
         centred = z - (weight * z).sum(0)
         covariance = (weight * centred).mT @ centred
-        return float(torch.linalg.eigvalsh(covariance)[-1]) * (1 - 2 / _TAIL)
+        return float(torch.linalg.eigvalsh(covariance)[-1]) * (1 - 2 / TAIL)
 
     def _refuse_flat(self, proposal: StudentT, stage: int, evaluations: int) -> None:
         """Stretch the proposal again and again: does the energy hold the points back?
@@ -530,7 +274,7 @@ class _Finder:
 
     def _fit(self, found: _Weighted, beta: float, *, shrunk: bool = True) -> StudentT:
         """Student-t with the weighted moments, shrunk to a diagonal where there are few points."""
-        loc, scale_tril = _moments(found.x, found.normalised(beta), shrunk=shrunk)
+        loc, scale_tril = weighted_moments(found.x, found.normalised(beta), shrunk=shrunk)
         return StudentT(loc, scale_tril * math.sqrt(1.2))
 
     def density(
@@ -582,7 +326,7 @@ class _Finder:
         return Bank.of_draws(found.x, found.log_weight(1.0), context, density)
 
     def _spread(self, x: Tensor) -> Tensor:
-        return _moments(x, torch.full_like(x[:, 0], 1 / len(x)))[1]
+        return weighted_moments(x, torch.full_like(x[:, 0], 1 / len(x)))[1]
 
     def chains(self, proposal: StudentT, found: _Weighted, beta: float, evaluations: int) -> Bank:
         """Stage 4: sequential Monte Carlo with random-walk moves from q to the target."""
@@ -623,22 +367,6 @@ class _Finder:
         if self.check is not None:
             self.check(x)
         return Bank.of_samples(x, method="chains", log_z=log_z)
-
-
-def _moments(points: Tensor, weight: Tensor, *, shrunk: bool = True) -> tuple[Tensor, Tensor]:
-    """Weighted mean and Cholesky factor of the covariance, shrunk where there are few points."""
-    dim = points.shape[-1]
-    weight, x = weight.reshape(-1, 1), points.reshape(-1, dim)
-    loc = (weight * x).sum(0)
-    centred = x - loc
-    covariance = (weight * centred).mT @ centred
-    ess = float(1 / weight.square().sum())
-    shrink = (dim / (dim + ess)) ** 2 if shrunk else 0.0
-    diagonal = covariance.diagonal().clamp(min=1e-300)
-    if dim > 1 and shrunk:  # the diagonal, too, goes towards its mean, on the log scale
-        diagonal = torch.exp((1 - 1 / ess) * diagonal.log() + diagonal.log().mean() / ess)
-    covariance = (1 - shrink) * covariance + shrink * diagonal.diag()
-    return loc, torch.linalg.cholesky(covariance + 1e-12 * diagonal.diag())
 
 
 def _largest_beta(found: _Weighted, least: float) -> float:

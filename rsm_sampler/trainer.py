@@ -33,110 +33,29 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rsm_sampler import checkpoint
+from rsm_sampler.bank import Bank
+from rsm_sampler.contexts import Contexts
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.estimators import TargetForm
 from rsm_sampler.interrupts import deferred_interrupt
-from rsm_sampler.kernels import (
-    GaussianReferenceKernel,
-    Kernel,
-    cumulative_weight,
-    stratified_indices,
-)
+from rsm_sampler.kernels import GaussianReferenceKernel, Kernel
 from rsm_sampler.loggers import Logger
 from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
 from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import Proposal
+from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.schedules import EDM
-from rsm_sampler.search import Bank, search
+from rsm_sampler.search import search
+from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.transforms import Affine, Bounds
 
-__all__ = ["EnergyDiffusionTrainer", "Progress", "TrainerConfig"]
+__all__ = ["EnergyDiffusionTrainer", "Progress"]
 
 _KIND, _VERSION = "trainer", 1
 _LEAST_BUDGET = 500
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
-_CONTEXT_POOL = 32  # draws from which one context to train on is chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """How to train; the defaults serve any energy in a few dimensions.
-
-    Attributes:
-        search_evaluations: Energy evaluations of the search before the bank, without a budget.
-        bank_size: Energy evaluations of the bank, without a budget.
-        bank_contexts: Number of contexts in the bank of a conditional energy: half of them as they
-            are drawn, half the most scattered of 32 times as many draws.
-        steps_per_cycle: Optimiser steps of the first cycle; each later one has half as many again.
-        max_cycles: Most cycles.
-        max_epochs: Most passes over the bank, counted by its effective size; more would learn its
-            points by heart.
-        batch_size: Noisy points per step.
-        learning_rate: Peak learning rate of Adam; it falls to zero over each cycle.
-        target_ess: Share of equally weighted draws at which training has converged. With contexts
-            the least of 64 is judged, and at most two fifths of that loss is allowed: a share e
-            bounds the total variation by half the root of 1/e - 1, 0.06 for 0.985, 0.04 for 0.994.
-        check_draws: Draws (and energy evaluations) of a check.
-        sigma_min: Lowest noise level, in units of the target's width.
-        sigma_max: Highest noise level, in the same units.
-        num_steps: Noise levels of the sampler.
-        width: Units per hidden layer.
-        depth: Hidden layers.
-        frequencies: Fourier features.
-        bandwidth: Their bandwidth.
-        num_draws: K of loss (14).
-        reference_scale: Scale of the Gaussian reference of loss (14)'s kernel, in the target's
-            widths.
-    """
-
-    search_evaluations: int = 120_000
-    bank_size: int = 250_000
-    bank_contexts: int = 1024
-    steps_per_cycle: int = 4000
-    max_cycles: int = 3
-    max_epochs: int = 1000
-    batch_size: int = 1024
-    learning_rate: float = 4e-3
-    target_ess: float = 0.985
-    check_draws: int = 8192
-    sigma_min: float = 0.004
-    sigma_max: float = 20.0
-    num_steps: int = 40
-    width: int = 128
-    depth: int = 3
-    frequencies: int = 32
-    bandwidth: float = 2.0
-    num_draws: int = 128
-    reference_scale: float = 2.5
-
-    def __post_init__(self) -> None:
-        for name in (
-            "search_evaluations",
-            "bank_size",
-            "bank_contexts",
-            "steps_per_cycle",
-            "max_cycles",
-            "max_epochs",
-            "batch_size",
-            "check_draws",
-            "num_steps",
-            "width",
-            "depth",
-            "num_draws",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "sigma_min", "reference_scale", "bandwidth"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.sigma_max > self.sigma_min:
-            raise ValueError(
-                f"sigma_max must be above sigma_min {self.sigma_min}, got {self.sigma_max}"
-            )
-        if not 0 < self.target_ess <= 1:
-            raise ValueError(f"target_ess must be in (0, 1], got {self.target_ess}")
 
 
 @dataclass(frozen=True)
@@ -240,9 +159,12 @@ class EnergyDiffusionTrainer:
             raise ValueError(f"scale must be positive, got {scale}")
         self.energy = MeteredEnergy(energy, dim, context_dim=context_dim, budget=budget)
         self.config = config or TrainerConfig()
-        self.dim, self.context_dim, self.draw_context = dim, context_dim, context
+        self.dim, self.context_dim = dim, context_dim
         self.seed = seed
         self.device = _device(device)
+        self.contexts = (
+            None if context is None else Contexts(context, context_dim or 0, self.device)
+        )
         low, high = (-math.inf, math.inf) if bounds is None else bounds
         self.bounds = Bounds(low, high, dim)
         if target not in get_args(TargetForm):
@@ -300,7 +222,7 @@ class EnergyDiffusionTrainer:
         self.history: list[dict[str, float]] = []
         self.step = self.step_in_cycle = self.cycle = 0
         self.seconds = 0.0
-        self._levels = _noise_levels(self.config).to(self.device)
+        self._levels = self.config.noise_levels().to(self.device)
 
     @property
     def evaluations(self) -> int:
@@ -311,7 +233,7 @@ class EnergyDiffusionTrainer:
     def converged(self) -> bool:
         """Whether the last check reached the wanted effective sample size."""
         share = self.config.target_ess
-        if self.draw_context is not None:
+        if self.contexts is not None:
             share = 1 - 0.4 * (1 - share)
         return bool(self.history) and self.history[-1]["ess"] >= share
 
@@ -434,7 +356,7 @@ class EnergyDiffusionTrainer:
             },
             [dict(record) for record in self.history],
             dict(self.energy.counts),
-            self.draw_context,
+            None if self.contexts is None else self.contexts.draw,
         )
 
     # ------------------------------------------------------------------ search
@@ -451,16 +373,16 @@ class EnergyDiffusionTrainer:
                     free //= 4
                 search_size = min(search_size, int(0.35 * free))
                 bank_size = min(bank_size, free - search_size)
+            scattered = self._scattered_contexts if self.contexts is not None else None
+            rows = min(self.config.bank_contexts, max(1, bank_size // 128))
             bank = search(
                 self._unbounded_energy,
                 self.dim,
                 evaluations=search_size,
                 bank_size=bank_size,
                 generator=self.generator,
-                draw_context=None if self.draw_context is None else self._spread_contexts,
-                rows=min(self.config.bank_contexts, max(1, bank_size // 128))
-                if self.draw_context
-                else 1,
+                draw_context=scattered,
+                rows=1 if scattered is None else rows,
                 centre=self.centre,
                 scale=self.scale,
                 check=self.energy.check,
@@ -507,31 +429,9 @@ class EnergyDiffusionTrainer:
         )
         return value.double() - log_det
 
-    def _contexts(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        assert self.draw_context is not None
-        context = self.draw_context(n, generator or self.generator)
-        if not isinstance(context, Tensor) or context.shape != (n, self.context_dim):
-            raise ValueError(
-                f"context must return shape ({n}, {self.context_dim}), got "
-                f"{tuple(context.shape) if isinstance(context, Tensor) else type(context)}"
-            )
-        return context.to(self.device)
-
-    def _spread_contexts(self, n: int) -> Tensor:
-        """Contexts to train on: half of them as they come, half where those are far apart.
-
-        The second half are chosen from a larger draw, one after the other, each the one farthest
-        from all before it, so that the rare contexts at the edge are not left to extrapolation.
-        """
-        pool = self._contexts(_CONTEXT_POOL * n)
-        std = pool.std(0)
-        places = pool / torch.where(std > 0, std, torch.ones_like(std))
-        chosen = list(torch.arange(n - n // 2, device=pool.device).unbind())
-        nearest = torch.cdist(places, places[: len(chosen)]).amin(-1)
-        for _ in range(n // 2):
-            chosen.append(nearest.argmax())
-            nearest = torch.minimum(nearest, (places - places[chosen[-1]]).norm(dim=-1))
-        return pool[torch.stack(chosen)]
+    def _scattered_contexts(self, n: int) -> Tensor:
+        assert self.contexts is not None
+        return self.contexts.scattered(n, self.generator)
 
     # ---------------------------------------------------------------- training
 
@@ -649,10 +549,10 @@ class EnergyDiffusionTrainer:
             sampler.generator.manual_seed(self.seed + 7919 * (self.cycle + 2))
             own = sampler.generator
             context = None
-            if self.draw_context is not None:
+            if self.contexts is not None:
                 groups = min(64, size // 16)
                 size -= size % groups
-                context = self._contexts(groups, own).repeat_interleave(size // groups, 0)
+                context = self.contexts.sample(groups, own).repeat_interleave(size // groups, 0)
             try:
                 draws = sampler.weighted_draws(
                     size, energy=self.energy, context=context, purpose="check"
@@ -749,20 +649,6 @@ def _share(log_weight: Tensor) -> float:
         return 0.0
     weight = torch.softmax(log_weight, 0)
     return float(1 / weight.square().sum()) / len(log_weight)
-
-
-def _noise_levels(config: TrainerConfig, size: int = 512) -> Tensor:
-    r"""Quantiles of the training law of log sigma.
-
-    The divergence between model and target gathers
-    :math:`\mathbb E\|\Delta F\|^2 / (1 + \sigma^2)` per unit of log sigma, where F is the
-    network's output, so levels above the target's width matter less and are drawn less often.
-    """
-    grid = torch.linspace(math.log(config.sigma_min), math.log(config.sigma_max), 4096)
-    density = 0.1 + (1 + grid.exp().square()).rsqrt()
-    mass = torch.cat([torch.zeros(1), (0.5 * (density[1:] + density[:-1])).cumsum(0)])
-    place = torch.searchsorted(mass / mass[-1], torch.linspace(0, 1, size)).clamp(max=4095)
-    return grid[place]
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rsm_sampler.annealing import annealed_estimate
+from rsm_sampler.box_kernel import TruncatedReverseKernel
 from rsm_sampler.estimators import posterior_estimate
-from rsm_sampler.kernels import GaussianReferenceKernel, ReverseKernel, TruncatedReverseKernel
+from rsm_sampler.kernels import GaussianReferenceKernel, ReverseKernel
 from tests.exact import IsotropicMixture, NoReadBack
 
 DOUBLE = torch.float64

@@ -7,8 +7,9 @@ import torch
 from scipy import stats
 
 from energies import ConditionalMixture, GaussianMixture
-from rsm_sampler.diagnostics import _cells, _regions, pareto_shape
+from rsm_sampler.diagnostics import pareto_shape
 from rsm_sampler.transforms import Affine
+from rsm_sampler.witness import _cells, _regions
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64

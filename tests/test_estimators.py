@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from rsm_sampler.box_kernel import TruncatedReverseKernel
 from rsm_sampler.estimators import (
     effective_sample_size,
     normalise,
@@ -14,14 +15,8 @@ from rsm_sampler.estimators import (
     posterior_mean,
     score_estimate,
 )
-from rsm_sampler.kernels import (
-    BankKernel,
-    GaussianReferenceKernel,
-    Kernel,
-    ReverseKernel,
-    TruncatedReverseKernel,
-    variance_preserving,
-)
+from rsm_sampler.kernels import BankKernel, GaussianReferenceKernel, Kernel, ReverseKernel
+from rsm_sampler.transitions import variance_preserving
 from tests.exact import IsotropicMixture, NoReadBack, two_modes
 
 DOUBLE = torch.float64

@@ -8,21 +8,18 @@ from hypothesis import strategies as st
 from scipy import special, stats
 from torch.distributions import Normal
 
-from rsm_sampler.kernels import (
-    BankKernel,
-    GaussianReferenceKernel,
-    ReverseKernel,
-    TruncatedReverseKernel,
-    _tail_depth,
+from rsm_sampler.box_kernel import TruncatedReverseKernel, _tail_depth
+from rsm_sampler.kernels import BankKernel, GaussianReferenceKernel, ReverseKernel
+from rsm_sampler.resampling import stratified_indices
+from rsm_sampler.schedules import Cosine, Linear, VariancePreserving
+from rsm_sampler.transitions import (
     forward_kernel,
     forward_log_prob,
     posterior,
     sigma_column,
-    stratified_indices,
     variance_exploding,
     variance_preserving,
 )
-from rsm_sampler.schedules import Cosine, Linear, VariancePreserving
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64

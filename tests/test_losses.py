@@ -5,14 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rsm_sampler.box_kernel import TruncatedReverseKernel
 from rsm_sampler.estimators import PosteriorEstimate, posterior_estimate
-from rsm_sampler.kernels import (
-    BankKernel,
-    GaussianReferenceKernel,
-    ReverseKernel,
-    TruncatedReverseKernel,
-    forward_kernel,
-)
+from rsm_sampler.kernels import BankKernel, GaussianReferenceKernel, ReverseKernel
 from rsm_sampler.losses import (
     denoising_loss,
     edm_weight,
@@ -22,6 +17,7 @@ from rsm_sampler.losses import (
     reverse_sampling_loss,
     score_weight,
 )
+from rsm_sampler.transitions import forward_kernel
 from tests.exact import IsotropicMixture, NoReadBack, two_modes
 
 DOUBLE = torch.float64

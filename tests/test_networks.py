@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from rsm_sampler.networks import MLP, EnsembleMLP, mish, shared_level
+from rsm_sampler.ensemble import EnsembleMLP, mish
+from rsm_sampler.networks import MLP, shared_level
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64
@@ -186,7 +187,7 @@ def test_shared_pieces_are_as_if_repeated(n, grad):
 @pytest.mark.parametrize("wide", [True, False])
 def test_single_precision_by_either_product(wide, monkeypatch):
     """Through convolutions and through matrix products, against double precision."""
-    monkeypatch.setattr("rsm_sampler.networks._WIDE", wide)
+    monkeypatch.setattr("rsm_sampler.ensemble._WIDE", wide)
     ensemble = EnsembleMLP([3, 2], 1, members=2, width=40, generator=rng())
     x, y = normal(500, 3), normal(500, 2)
     exact = copy.deepcopy(ensemble).double()(x, y)

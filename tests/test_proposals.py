@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rsm_sampler.kernels import variance_preserving
 from rsm_sampler.proposals import (
     GaussianProposal,
     MixtureProposal,
@@ -14,6 +13,7 @@ from rsm_sampler.proposals import (
     PerturbedModel,
     UniformProposal,
 )
+from rsm_sampler.transitions import variance_preserving
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64

@@ -17,7 +17,7 @@ from rl.policies import DiffusionPolicy
 from rl.replay import Batch, ReplayBuffer
 from rl.sac import SAC, SACConfig
 from rl.sdac import SDAC, SDACConfig
-from rsm_sampler.kernels import TruncatedReverseKernel
+from rsm_sampler.box_kernel import TruncatedReverseKernel
 from rsm_sampler.losses import denoising_loss, mirror_descent_loss
 from rsm_sampler.schedules import Cosine, Linear
 

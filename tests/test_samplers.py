@@ -7,12 +7,14 @@ import torch
 from scipy import stats
 
 from energies.gaussian_mixture import GaussianMixture
+from rsm_sampler.ancestral import Ancestral
 from rsm_sampler.denoisers import Denoiser
-from rsm_sampler.kernels import posterior, variance_exploding, variance_preserving
+from rsm_sampler.flows import DDIM, Heun
 from rsm_sampler.metrics import dkw_band, ks_per_coordinate
 from rsm_sampler.networks import MLP
-from rsm_sampler.samplers import DDIM, Ancestral, Heun, Langevin
+from rsm_sampler.samplers import Langevin
 from rsm_sampler.schedules import EDM, Cosine, Linear, VariancePreserving
+from rsm_sampler.transitions import posterior, variance_exploding, variance_preserving
 from tests.exact import IsotropicMixture, NoReadBack, two_modes
 
 DOUBLE = torch.float64

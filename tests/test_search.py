@@ -7,8 +7,10 @@ import torch
 from scipy import stats
 
 from energies import Funnel, GaussianMixture
+from rsm_sampler.bank import Bank
+from rsm_sampler.densities import KernelDensity, StudentT
 from rsm_sampler.energy import EnergyError, MeteredEnergy
-from rsm_sampler.search import Bank, KernelDensity, StudentT, search
+from rsm_sampler.search import search
 
 DOUBLE = torch.float64
 

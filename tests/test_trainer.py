@@ -419,26 +419,6 @@ def test_contexts_train_one_amortised_sampler():
     assert sampler.history[0]["ess"] > 0.3
 
 
-def test_half_of_the_contexts_are_drawn_and_half_are_scattered():
-    """Of 3,200 normal draws the outermost are among the 100, and no gap is left between them."""
-    pools = []
-
-    def draw(n, generator):
-        pools.append(torch.randn(n, 1, generator=generator))
-        return pools[-1]
-
-    trainer = EnergyDiffusionTrainer(
-        lambda x, c: normal(x - c), 1, context_dim=1, context=draw, config=tiny()
-    )
-    chosen, pool = trainer._spread_contexts(100), pools[-1]
-    assert pool.shape == (3200, 1)
-    assert torch.equal(chosen[:50], pool[:50])
-    assert chosen.max() == pool.max() and chosen.min() == pool.min()
-    distance = (pool - chosen.T).abs().amin(1)
-    assert distance.max() < 0.1  # 50 points over a range of 7 leave 0.07 on either side
-    assert trainer._spread_contexts(1).shape == (1, 1)
-
-
 def test_a_conditional_run_resumes_to_the_same_bits(tmp_path):
     mix = ConditionalMixture.line()
 

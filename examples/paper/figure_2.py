@@ -35,12 +35,12 @@ from tqdm import trange
 
 from energies import GaussianMixture
 from examples.demo import draw, langevin, mixing_weight
+from rsm_sampler.ancestral import Ancestral
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.kernels import GaussianReferenceKernel
 from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
 from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import GaussianProposal, Proposal, UniformProposal
-from rsm_sampler.samplers import Ancestral
 from rsm_sampler.schedules import Linear
 
 SCALE = 3.2  # root-mean-square coordinate of the target, for the preconditioning

@@ -1,0 +1,143 @@
+r"""The reverse chain (8), and the exact weight of its paths.
+
+Draws of the chain have no tractable density, but the whole path has: with the forward kernel as
+the extended target,
+
+.. math:: \log w = -E(x_0) + \sum_k \log q(x_k | x_{k-1})
+          - \log p(x_N) - \sum_k \log p_\theta(x_{k-1} | x_k)
+
+is an exact importance weight (:meth:`Ancestral.sample_with_path_weight`), whatever the denoiser.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsm_sampler.flows import Heun
+from rsm_sampler.samplers import Sampler, check_draws, noise_like
+
+__all__ = ["Ancestral"]
+
+
+class Ancestral(Sampler):
+    r"""The stochastic sampler (8), with path weights.
+
+    The step draws from :func:`rsm_sampler.transitions.posterior` with the denoised point for the
+    clean one.
+
+    References:
+        Equation (8), in variance-exploding coordinates
+
+    Example:
+        >>> def exact(x_t, sigma):  # a standard normal target
+        ...     return x_t / (1 + sigma.square()).unsqueeze(-1)
+        >>> Ancestral(exact, torch.tensor([10.0, 1.0, 0.0]), dim=2).sample(5).shape
+        torch.Size([5, 2])
+    """
+
+    def step(
+        self,
+        x_t: Float[Tensor, "n dim"],
+        sigma_t: float,
+        sigma_s: float,
+        context: Float[Tensor, "n context_dim"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "n dim"]:
+        """A draw of the posterior kernel around the denoised point; see :meth:`Sampler.step`."""
+        mean, std = self._kernel(x_t, sigma_t, sigma_s, context)
+        if sigma_s == 0:
+            return mean
+        return torch.add(mean, noise_like(x_t, generator), alpha=std)
+
+    @torch.no_grad()
+    def sample_with_path_weight(
+        self,
+        n: int,
+        energy: Callable[..., Tensor],
+        *,
+        context: Float[Tensor, "n context_dim"] | None = None,
+        generator: torch.Generator | None = None,
+        pilot: int = 256,
+    ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
+        r"""Draws with their exact path log-weights, whose mean weight estimates Z.
+
+        The steps of (8) draw :math:`x_s` as if D were the clean point itself. The true law of
+        :math:`x_s` given :math:`x_t` is wider, by :math:`(1 - r^2)^2\,\mathrm{Var}(x_0 | x_t)`,
+        and importance weights suffer from every step that is too narrow. So the kernels here have
+        the variance
+
+        .. math:: \sigma_s^2 (1 - r^2) + (1 - r^2)^2\, m_t, \qquad
+                  m_t = \tfrac1d\, \mathbb E |x_0 - D(x_t, \sigma_t)|^2,
+
+        with :math:`m_t` measured beforehand on a few draws of :class:`Heun` that are thrown away.
+
+        Arguments:
+            n: Number of draws.
+            energy: The energy, called once on all draws (and contexts).
+            context: A context for each draw.
+            generator: Source of randomness.
+            pilot: Number of the draws that measure :math:`m_t`. With 0 the variances are those of
+                (8), but for the last step, which has none: a path through it would have no
+                density. It then gets :math:`\sigma_1^2`.
+
+        Returns:
+            The draws, (n, dim), and their log-weights, (n).
+
+        Raises:
+            ValueError: If n or pilot is below 0 or the contexts are not n.
+
+        Note:
+            These draws do not follow the law of :meth:`Sampler.sample`, whose last step has no
+            noise, but that of the wider kernels.
+        """
+        check_draws(n, context)
+        if pilot < 0:
+            raise ValueError(f"pilot must be at least 0, got {pilot}")
+        variances = self._posterior_variances(pilot, context, generator)
+        x, noise = self.start(n, context=context, generator=generator)
+        log_weight = 0.5 * noise.square().sum(-1)
+        constant = self.dim * math.log(self._start_std)
+        for (sigma_t, sigma_s), variance in zip(self._steps(), variances, strict=True):
+            mean, std = self._kernel(x, sigma_t, sigma_s, context)
+            width = math.hypot(std, (1 - (sigma_s / sigma_t) ** 2) * math.sqrt(variance))
+            noise = noise_like(x, generator)
+            new = mean + width * noise
+            spread = math.sqrt((sigma_t - sigma_s) * (sigma_t + sigma_s))
+            ahead = ((x - new) / spread).square().sum(-1)
+            log_weight = log_weight + 0.5 * (noise.square().sum(-1) - ahead)
+            constant += self.dim * math.log(width / spread)
+            x = new
+        # Every forward Gaussian is paired with a reverse one; the start's constant is left.
+        constant += 0.5 * self.dim * math.log(2 * math.pi)
+        value = energy(x) if context is None else energy(x, context)
+        return x, log_weight + constant - value
+
+    def _posterior_variances(
+        self, pilot: int, context: Tensor | None, generator: torch.Generator | None
+    ) -> list[float]:
+        """Mean variance of a clean coordinate given a point at each level, from the highest."""
+        if context is not None:
+            context = context[:: max(1, len(context) // max(1, pilot))][:pilot]
+            pilot = len(context)
+        if pilot == 0:
+            return [0.0] * (len(self.levels) - 2) + [self.levels[-2] ** 2]
+        # With few levels the flow is much nearer to the law than the chain.
+        flow = Heun(self.denoiser, self.sigmas, dim=self.dim)
+        x_0 = flow.sample(pilot, context=context, generator=generator)
+        measured = []
+        for sigma in self.levels[:-1]:
+            x_t = x_0 + sigma * noise_like(x_0, generator)
+            measured.append((x_0 - self._denoise(x_t, sigma, context)).square().mean())
+        found = torch.stack(measured).tolist()
+        # A degenerate law has none, and a path no density.
+        return [max(m, 1e-6 * t**2) for m, t in zip(found, self.levels[:-1], strict=True)]
+
+    def _kernel(
+        self, x_t: Tensor, sigma_t: float, sigma_s: float, context: Tensor | None
+    ) -> tuple[Tensor, float]:
+        ratio = sigma_s / sigma_t
+        mean = torch.lerp(self._denoise(x_t, sigma_t, context), x_t, ratio**2)
+        return mean, ratio * math.sqrt((sigma_t - sigma_s) * (sigma_t + sigma_s))

@@ -1,0 +1,121 @@
+r"""Weighted samples of the target: what a search ends with and loss (13) trains on.
+
+Independent draws :math:`x_i \sim q` of a known density have :math:`\log w_i = -E(x_i) -
+\log q(x_i)`, and :math:`\log \frac1n \sum_i w_i` estimates log Z. Chains and given data have
+equal weights, and no estimate of it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsm_sampler.densities import KernelDensity, weighted_moments
+from rsm_sampler.estimators import effective_sample_size
+
+__all__ = ["Bank", "Evaluate"]
+
+Evaluate = Callable[[Tensor, Tensor | None], Tensor]
+"""Energy of points (n, dim) with contexts (n, context_dim) or None, in unbounded coordinates."""
+
+
+@dataclass
+class Bank:
+    """Weighted samples of the target, by context.
+
+    Attributes:
+        points: Points, (rows, columns, dim); one row without contexts.
+        log_weight: Importance log-weights, (rows, columns), up to a constant in each row.
+        context: The context of each row, (rows, context_dim), or None.
+        loc: Weighted mean of all points, (dim).
+        scale_tril: Cholesky factor of their weighted covariance, (dim, dim).
+        method: ``"bank"`` for independent draws with exact weights, ``"chains"`` for dependent
+            draws of equal weight, ``"samples"`` for given data.
+        log_z: Estimate of log Z (of the mean over contexts, with contexts).
+        log_z_se: Its standard error; NaN for chains.
+        ess: Effective sample size, summed over rows; for chains the size of the population.
+        density: What the points were drawn from; None for chains.
+    """
+
+    points: Tensor
+    log_weight: Tensor
+    context: Tensor | None
+    loc: Tensor
+    scale_tril: Tensor
+    method: str
+    log_z: float
+    log_z_se: float
+    ess: float
+    density: "KernelDensity | None" = None
+
+    @classmethod
+    def of_draws(
+        cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: "KernelDensity"
+    ) -> "Bank":
+        """A bank of independent draws with exact weights; it works out the rest."""
+        columns = log_weight.shape[1]
+        row_ess = effective_sample_size(log_weight)
+        row_log_z = torch.logsumexp(log_weight, -1) - math.log(columns)
+        relative = ((columns / row_ess - 1) / columns).clamp(min=0)
+        loc, scale_tril = weighted_moments(points, torch.softmax(log_weight, -1) / len(log_weight))
+        return cls(
+            points=points,
+            log_weight=log_weight,
+            context=context,
+            loc=loc,
+            scale_tril=scale_tril,
+            method="bank",
+            log_z=float(row_log_z.mean()),
+            log_z_se=float(relative.sqrt().mean() / math.sqrt(len(row_ess))),
+            ess=float(row_ess.sum()),
+            density=density,
+        )
+
+    @classmethod
+    def of_samples(
+        cls, points: Tensor, *, method: str = "samples", log_z: float = math.nan
+    ) -> "Bank":
+        """A bank of equally weighted points (n, dim)."""
+        loc, scale_tril = weighted_moments(points, torch.full_like(points[:, 0], 1 / len(points)))
+        return cls(
+            points=points[None],
+            log_weight=torch.zeros_like(points[None, :, 0]),
+            context=None,
+            loc=loc,
+            scale_tril=scale_tril,
+            method=method,
+            log_z=log_z,
+            log_z_se=math.nan,
+            ess=float(len(points)),
+        )
+
+    def extended(self, n: int, evaluate: Evaluate, generator: torch.Generator) -> "Bank":
+        """The bank with n more draws of the same density; without contexts only."""
+        assert self.density is not None and self.context is None
+        x = self.density.sample(n, generator)
+        log_weight = -evaluate(x, None).to(x.dtype) - self.density.log_prob(x)
+        return Bank.of_draws(
+            torch.cat([self.points, x[None]], 1),
+            torch.cat([self.log_weight, log_weight[None]], 1),
+            None,
+            self.density,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that make the same bank again."""
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        state["density"] = None if self.density is None else self.density.state()
+        return state
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> "Bank":
+        """The bank of :meth:`state`."""
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()
+        }
+        if state["density"] is not None:
+            moved["density"] = KernelDensity.from_state(state["density"], device)
+        return cls(**moved)

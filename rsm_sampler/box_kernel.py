@@ -1,0 +1,164 @@
+r"""The reverse kernel within a box, exact however far outside of it the noisy point lies.
+
+Policies act in a box of actions, and many posteriors live in one of parameters. Draws of
+:math:`\phi(x_0 | x_t)` that fall outside would be wasted or, cut to its faces, wrong: near a face
+half of them pile up on it. Each coordinate of the kernel in a box is a truncated normal variable,
+and the share of the normal law that falls into the box is its correction.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsm_sampler.kernels import Kernel, ReverseDraws, check_num_draws
+from rsm_sampler.transitions import sigma_column
+
+__all__ = ["TruncatedReverseKernel"]
+
+
+class TruncatedReverseKernel(Kernel):
+    r"""The reverse kernel within a box, each coordinate a truncated normal variable.
+
+    For targets that vanish outside of the box, such as the policies of a bounded action space.
+    The correction is constant per noisy point, the share of the normal law that falls into the
+    box.
+
+    Each coordinate is drawn by inverting its distribution function. On the side of the noisy
+    point that faces the box, let :math:`c \ge 0` be the distance from it to the near edge and w
+    the width of the box, in units of sigma. The depth :math:`\delta \in [0, w]` of the draw
+    behind the near edge solves
+
+    .. math:: \log \frac{\Phi(-c - \delta)}{\Phi(-c)} = \log\big(1 - v\,(1 - e^{g})\big), \qquad
+              g = \log \frac{\Phi(-c - w)}{\Phi(-c)}, \quad v \sim \mathcal U(0, 1),
+
+    and with :math:`\Phi(-x) = \frac12 e^{-x^2/2}\, \mathrm{erfcx}(x/\sqrt2)` the ratio of two
+    tails is
+
+    .. math:: \log \frac{\Phi(-c - \delta)}{\Phi(-c)} = -\delta \Big(c + \frac{\delta}{2}\Big)
+              + \log \mathrm{erfcx}\Big(\frac{c + \delta}{\sqrt2}\Big)
+              - \log \mathrm{erfcx}\Big(\frac{c}{\sqrt2}\Big),
+
+    in which no large numbers cancel, however far outside the noisy point is. Two steps of
+    Halley's method solve it to rounding. Boxes much narrower than sigma follow the exponential
+    law into which the normal one turns there. If the noisy point is inside, the error function
+    is inverted directly.
+
+    Arguments:
+        low: Lower end of the box, a number or of shape :math:`(\mathrm{dim})`; may be
+            :math:`-\infty`.
+        high: Upper end, likewise; may be :math:`\infty`.
+
+    Raises:
+        ValueError: If low is not less than high in every coordinate.
+
+    Note:
+        In single precision a draw does not go beyond 5.3 standard deviations from a noisy point
+        that lies inside of the box (8.1 in double precision), where :math:`10^{-7}` of the law
+        is.
+
+    References:
+        Draws of this law in a box are used by MaxEntDP (Dong et al., 2025)
+
+    Example:
+        >>> x_t = torch.tensor([[-500.0, 0.0, 500.0]])
+        >>> x_0 = TruncatedReverseKernel(-1.0, 1.0).draw(x_t, 1.0, 1000).x_0
+        >>> bool(x_0.abs().max() <= 1), x_0.mean(-2)[0, ::2].round(decimals=1)
+        (True, tensor([-1.,  1.]))
+    """
+
+    bounded = True
+
+    def __init__(
+        self, low: Float[Tensor, " dim"] | float, high: Float[Tensor, " dim"] | float
+    ) -> None:
+        if not bool((torch.as_tensor(low) < torch.as_tensor(high)).all()):
+            raise ValueError(f"low must be less than high, got {low} and {high}")
+        self.low = low
+        self.high = high
+
+    @torch.no_grad()
+    def draw(
+        self,
+        x_t: Float[Tensor, "*batch dim"],
+        sigma: Float[Tensor, "*#batch"] | float,
+        num_draws: int,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> ReverseDraws:
+        """Candidates of every noisy point, all of them within the box."""
+        check_num_draws(num_draws)
+        column = sigma_column(sigma, x_t).unsqueeze(-2)
+        centre = x_t.unsqueeze(-2)  # (*batch, 1, dim), as everything until the uniform draws
+        low, high = self._edge(self.low, x_t), self._edge(self.high, x_t)
+        above = (centre - low) > (
+            high - centre
+        )  # beyond the middle: mirror, to face the lower tail
+        near = torch.where(above, high, low)
+        far = torch.where(above, low, high)
+        side = torch.where(above, -1.0, 1.0).to(x_t)  # the way from the near edge into the box
+        distance = side * (near - centre) / column  # to the near edge: positive outside of the box
+        width = (high - low) / column
+
+        shape = (*x_t.shape[:-1], num_draws, x_t.shape[-1])
+        v = torch.rand(shape, dtype=x_t.dtype, device=x_t.device, generator=generator)
+        depth, log_mass_outside = _tail_depth(v, distance.clamp(min=0.0), width)
+        step, log_mass_inside = _central_step(v, distance, side * (far - centre) / column)
+        outside = distance >= 0
+        x_0 = torch.where(
+            outside, near + side * column * depth, centre + side * column * step
+        ).clamp(low, high)
+        log_mass = torch.where(outside, log_mass_outside, log_mass_inside).squeeze(-2).sum(-1)
+        return ReverseDraws(x_0, x_t.new_zeros(()).expand(shape[:-1]), log_mass)
+
+    @staticmethod
+    def _edge(edge: Tensor | float, x: Tensor) -> Tensor:
+        if isinstance(edge, Tensor):
+            return edge.to(x)
+        return torch.full((1,), edge, dtype=x.dtype, device=x.device)
+
+
+def _tail_depth(v: Tensor, distance: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Depth behind the near edge of a normal variable beyond it, and the log of its probability.
+
+    distance >= 0 and width > 0 are in standard deviations, v is uniform on [0, 1).
+    """
+    root = math.sqrt(0.5)
+    erfcx_near = torch.special.erfcx(distance * root)
+    # g: the share of the tail that lies beyond the far edge, in logarithm
+    ratio = torch.special.erfcx((distance + width) * root) / erfcx_near
+    log_beyond = ratio.log() - width * (distance + width / 2)
+
+    target = -torch.log1p(v * torch.expm1(log_beyond))
+    hazard = math.sqrt(2 / math.pi) / erfcx_near
+    convexity = 1 - (1 - hazard * (hazard - distance)) / (1 + 0.35 * target)
+    depth = 2 * target / (hazard + (hazard.square() + 2 * convexity * target).sqrt())
+    for _ in range(2):
+        erfcx_here = torch.special.erfcx((distance + depth) * root)
+        slope = math.sqrt(2 / math.pi) / erfcx_here
+        error = depth * (distance + depth / 2) - torch.log(erfcx_here / erfcx_near) - target
+        curvature = slope - distance - depth  # second derivative over the first
+        depth = (depth - error / (slope - error * curvature / 2)).clamp(min=0.0)
+
+    # A narrow box: the normal density is exponential within it, up to a factor 1 + O(width^2).
+    tilt = ((distance + width / 2) * width).clamp(min=torch.finfo(v.dtype).tiny ** 0.5)
+    log_tilted_mass = torch.log(-torch.expm1(-tilt) / tilt)
+    narrow_depth = -width * torch.log1p(v * torch.expm1(-tilt)) / tilt
+    narrow = width < 2 * torch.finfo(v.dtype).eps ** (1 / 3)
+    depth = torch.where(narrow, narrow_depth, depth)
+    log_mass = -distance.square() / 2 + torch.where(
+        narrow,
+        width.log() + log_tilted_mass - math.log(2 * math.pi) / 2,
+        torch.log(erfcx_near / 2) + torch.log(-torch.expm1(log_beyond)),
+    )
+    return depth, log_mass
+
+
+def _central_step(v: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """A normal variable within [near, far], near < 0 < far, and the log of its probability."""
+    root = math.sqrt(0.5)
+    erf_near, erf_far = torch.erf(near * root), torch.erf(far * root)
+    limit = 1 - torch.finfo(v.dtype).eps / 2
+    step = torch.erfinv(torch.lerp(erf_near, erf_far, v).clamp(-limit, limit)) / root
+    return step, torch.log((erf_far - erf_near) / 2)

@@ -1,0 +1,280 @@
+r"""Perceptrons of one shape side by side, and the cheap form of Mish.
+
+They are the networks of the agents: twin critics are one network with two members. Inputs come in
+pieces, because many rows share a piece: the 64 candidate actions of one state meet the first
+layer's share of that state once. :func:`mish` is the nonlinearity, by one sigmoid instead of three
+functions one in the other:
+
+.. math:: \mathrm{mish}(x) = x \tanh \log(1 + e^x) = x\, \frac{1 - q^2}{1 + q^2}
+          = \frac{2x}{1 + q^2} - x, \qquad q = \frac{1}{1 + e^x} .
+
+With :math:`y = -x` at hand, which a matrix product gives for free, that is
+:math:`y - 2y / (1 + \mathrm{sigmoid}(y)^2)`: four passes over the memory.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["EnsembleMLP", "mish"]
+
+_WIDE = torch.backends.mkldnn.is_available() and (
+    torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+)
+
+_CHUNK = 2048  # rows
+
+
+class EnsembleMLP(nn.Module):
+    r"""Perceptrons of one shape side by side, with Mish between the layers.
+
+    Arguments:
+        inputs: Lengths of the pieces of an input.
+        outputs: Length of an output.
+        members: Number of perceptrons; they differ in their initial weights.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers, at least 1.
+        generator: Source of the initial weights, on the CPU.
+
+    Raises:
+        ValueError: If a size is out of range.
+
+    Note:
+        Weights start from a normal law of standard deviation :math:`1 / \sqrt{\text{inputs}}`, cut
+        at twice that, and biases at 0, as in the code published with the paper; a layer's weight
+        has shape (members, inputs, outputs).
+
+    Example:
+        >>> critics = EnsembleMLP([17, 6], 1, members=2, width=32)
+        >>> observation, candidates = torch.randn(5, 1, 17), torch.randn(5, 64, 6)
+        >>> critics(observation, candidates).shape
+        torch.Size([2, 5, 64, 1])
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[int],
+        outputs: int,
+        *,
+        members: int = 1,
+        width: int = 256,
+        depth: int = 3,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"outputs": outputs, "members": members, "width": width, "depth": depth}
+        for name, value in given.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not inputs or min(inputs) < 0 or sum(inputs) < 1:
+            raise ValueError(f"inputs must be lengths of at least 0, not all 0, got {inputs}")
+        self.inputs, self.outputs, self.members = tuple(inputs), outputs, members
+        sizes = [sum(inputs), *[width] * depth, outputs]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for before, after in itertools.pairwise(sizes):
+            weight, std = torch.empty(members, before, after), 1 / math.sqrt(before)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(members, 1, after)))
+        self._scratch: Tensor | None = None
+
+    def forward(self, *pieces: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        r"""The outputs of all members.
+
+        Arguments:
+            pieces: The pieces of the inputs, each :math:`(*, n_i)`, whose batch shapes broadcast.
+                What a row shares with others is multiplied once where its batch axis has size 1.
+
+        Returns:
+            The outputs, (members, \*, outputs).
+
+        Raises:
+            ValueError: If the pieces are not those of ``inputs``.
+        """
+        given = tuple(piece.shape[-1] for piece in pieces)
+        if given != self.inputs:
+            raise ValueError(f"pieces must have lengths {self.inputs}, got {given}")
+        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        rows = math.prod(batch)
+        if (
+            rows * self.members > _CHUNK
+            and not torch.is_grad_enabled()
+            and pieces[0].device.type == "cpu"
+        ):
+            # What one layer writes the next one finds in the cache.
+            size = max(1, _CHUNK * batch[0] // (rows * self.members))
+            parts = zip(*(_split(piece, len(batch), size) for piece in pieces), strict=False)
+            return torch.cat([self._forward(part) for part in parts], 1)
+        return self._forward(pieces)
+
+    def _forward(self, pieces: Sequence[Tensor]) -> Tensor:
+        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        if all(piece.shape == pieces[0].shape[:-1] + piece.shape[-1:] for piece in pieces):
+            x = torch.cat(list(pieces), -1)
+            flat = x.reshape(1, -1, x.shape[-1]).expand(self.members, -1, -1)
+            y = torch.baddbmm(self.biases[0], flat, self.weights[0], beta=-1, alpha=-1)
+            return self.rest(y.view(self.members, *x.shape[:-1], -1))
+        # The members' axis stands before the batch: missing axes are written out.
+        missing = [len(batch) + 1 - piece.ndim for piece in pieces]
+        pieces = [
+            piece.reshape(*[1] * n, *piece.shape) for n, piece in zip(missing, pieces, strict=True)
+        ]
+        order = sorted(range(len(pieces)), key=lambda i: pieces[i].shape[:-1].numel())
+        negated = -self.first(order[0], pieces[order[0]], bias=True)
+        for i in order[1:]:
+            share = self.first(i, pieces[i])
+            whole = not torch.is_grad_enabled() and share.shape[1:-1] == batch
+            negated = torch.sub(negated, share, out=share) if whole else negated - share
+        return self.rest(negated)
+
+    def first(
+        self, index: int, piece: Float[Tensor, "*batch n"], *, bias: bool = False
+    ) -> Float[Tensor, "members *batch width"]:
+        """The share of one piece in what the first hidden layer sees.
+
+        Arguments:
+            index: Which piece.
+            piece: Its values, with any batch shape.
+            bias: Whether to add the layer's bias.
+        """
+        begin = sum(self.inputs[:index])
+        weight = self.weights[0][:, begin : begin + self.inputs[index]]
+        batch, flat = piece.shape[:-1], piece.reshape(1, -1, piece.shape[-1])
+        flat = flat.expand(self.members, -1, -1)
+        y = torch.baddbmm(self.biases[0], flat, weight) if bias else torch.bmm(flat, weight)
+        return y.view(self.members, *batch, -1)
+
+    def prepared(self) -> "list[list[_Layer]]":
+        """The layers after the first of every member, ready for many calls of rest."""
+        layers = list(zip(self.weights, self.biases, strict=True))[1:]
+        return [
+            [
+                _Layer(weight[i], bias[i, 0], -1 if weight is not layers[-1][0] else 1)
+                for weight, bias in layers
+            ]
+            for i in range(self.members)
+        ]
+
+    def rest(
+        self,
+        negated: Float[Tensor, "members *batch width"],
+        prepared: "list[list[_Layer]] | None" = None,
+    ) -> Float[Tensor, "..."]:
+        """The outputs, from minus the first hidden layer's input, which may be overwritten.
+
+        Arguments:
+            negated: Minus what the first layer's activation is to see.
+            prepared: What :meth:`prepared` returned since the weights last changed, for calls
+                without gradients; made anew if None.
+        """
+        batch = negated.shape[1:-1]
+        h = negated.reshape(self.members, -1, negated.shape[-1])
+        if torch.is_grad_enabled() or h.is_cuda:
+            h = _mish_of_minus(h)
+            for weight, bias in zip(
+                list(self.weights)[1:-1], list(self.biases)[1:-1], strict=True
+            ):
+                h = _mish_of_minus(torch.baddbmm(bias, h, weight, beta=-1, alpha=-1))
+            y = torch.baddbmm(self.biases[-1], h, self.weights[-1])
+        else:
+            scratch, found = self._spare(h[0]), []
+            for i, (*layers, last) in enumerate(self.prepared() if prepared is None else prepared):
+                x = _mish_of_minus(h[i].contiguous(), scratch)
+                for layer in layers:
+                    x = _mish_of_minus(layer(x), scratch)
+                found.append(last(x))
+            y = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
+        return y.view(self.members, *batch, self.outputs)
+
+    def _spare(self, like: Tensor) -> Tensor:
+        """Memory for one layer's values: fresh pages cost more than what is written to them."""
+        found = self._scratch
+        if found is None or found.shape != like.shape or found.dtype != like.dtype:
+            found = self._scratch = torch.empty_like(like)
+        return found
+
+
+class _Layer:
+    """The map h -> sign (h W + b) without gradients, by the fastest product that there is.
+
+    PyTorch sends the products of linear layers to MKL, which leaves half of a processor's vector
+    width unused on some makes, and those of convolutions to oneDNN, which does not. A linear layer
+    is a convolution over a row of pixels with a kernel of one pixel; no memory is rearranged.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, sign: int) -> None:
+        self.convolves = _WIDE and weight.dtype == torch.float32
+        self.weight, self.bias, self.sign = weight, bias, sign
+        if self.convolves:
+            self.weight = (sign * weight).T.contiguous()[:, :, None, None]
+            self.bias = sign * bias
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if not self.convolves:
+            return torch.addmm(self.bias, h, self.weight, beta=self.sign, alpha=self.sign)
+        pixels = h.view(1, len(h), 1, -1).permute(0, 3, 1, 2)
+        y = nn.functional.conv2d(pixels, self.weight, self.bias)
+        return y.permute(0, 2, 3, 1).reshape(len(h), -1)
+
+
+def _split(piece: Tensor, batch_dims: int, size: int) -> Iterable[Tensor]:
+    """A piece cut along the first axis of the whole batch, where it has that axis."""
+    if piece.ndim - 1 == batch_dims and piece.shape[0] > 1:
+        return piece.split(size)
+    return itertools.repeat(piece)
+
+
+def mish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    r"""The activation :math:`x \tanh \log (1 + e^x)`.
+
+    Arguments:
+        x: Values of any shape.
+
+    Returns:
+        The activation, with the shape of x; its gradient too costs one sigmoid.
+
+    References:
+        | Mish: a self regularized non-monotonic activation function (Misra, 2020)
+        | https://arxiv.org/abs/1908.08681
+
+    Example:
+        >>> mish(torch.tensor([-1.0, 1.0]))
+        tensor([-0.3034,  0.8651])
+    """
+    return _mish_of_minus(-x)
+
+
+def _mish_of_minus(y: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """mish(-y). Without gradients y is overwritten."""
+    if y.is_cuda:
+        return nn.functional.mish(-y)
+    if torch.is_grad_enabled() and y.requires_grad:
+        return _MishOfMinus.apply(y)
+    q = torch.sigmoid(y) if scratch is None else torch.sigmoid(y, out=scratch)
+    torch.addcmul(q.new_ones(()), q, q, out=q)
+    return torch.addcdiv(y, y, q, value=-2.0, out=y)
+
+
+class _MishOfMinus(torch.autograd.Function):
+    """Keeps the slope, so that a step back is one product."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ANN401
+        q = torch.sigmoid(y)
+        square = q.square()
+        u = square + 1
+        # d/dy (y - 2y/u) = 1 - 2/u + 2y u'/u^2 with u' = 2 q^2 (1 - q)
+        bend = torch.addcmul(square, square, q, value=-1.0).mul_(y)
+        ctx.save_for_backward(torch.addcdiv(square.sub_(1.0), bend, u, value=4.0).div_(u))
+        return torch.addcdiv(y, y, u, value=-2.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        (slope,) = ctx.saved_tensors
+        return gradient * slope
