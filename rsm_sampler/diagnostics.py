@@ -31,7 +31,7 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,7 @@ _LOG_Z_TOLERANCE = 0.03
 _DRIFT_TOLERANCE = 0.1  # of the energies' standard deviation
 
 
+@runtime_checkable
 class _Draws(Protocol):
     """Draws with importance log-weights."""
 
@@ -62,6 +63,7 @@ class _Draws(Protocol):
     def log_prob(self) -> Tensor | None: ...
 
 
+@runtime_checkable
 class Examinable(Protocol):
     """What can be examined, such as an :class:`~rsm_sampler.energy_sampler.EnergySampler`."""
 
