@@ -21,13 +21,14 @@ leads from one to the other.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.box_kernel import TruncatedReverseKernel
-from rsm_sampler.estimators import PosteriorEstimate
+from rsm_sampler.estimators import PosteriorEstimate, posterior_mean
 from rsm_sampler.kernels import ReverseKernel
 from rsm_sampler.transitions import sigma_column
 
@@ -49,8 +50,9 @@ def annealed_estimate(
     r"""Estimate of the denoiser :math:`D = \mathbb E[x_0 | x_t]` by sequential Monte Carlo.
 
     Arguments:
-        energy: The energy of clean points, (n, K, dim) to (n, K); called once with
-            all, and then ``stages * moves`` times with each half of them.
+        energy: The energy of clean points, (n, K, dim) to (n, K), where :math:`+\infty` is
+            weight zero. It is called once with all, and then ``stages * moves`` times with each
+            half of them.
         x_t: Noisy points, (n, dim).
         sigma: Their noise scales, (n), positive.
         kernel: Where the particles start: the reverse kernel, plain or within a box.
@@ -108,6 +110,9 @@ def annealed_estimate(
     beta = torch.zeros_like(value[:, :1])
     log_mean = constant.clone()
 
+    def log_weights(step: Tensor) -> Tensor:
+        return torch.where(value == math.inf, -math.inf, -step * value)
+
     def log_density(x: Tensor, value: Tensor) -> Tensor:
         inside = ((x >= low) & (x <= high)).all(-1)
         kernel_part = (x - x_t.unsqueeze(1)).square().sum(-1) / (2 * variance)
@@ -115,11 +120,10 @@ def annealed_estimate(
 
     for _ in range(stages):
         step = _next_step(value, 1 - beta)
-        log_weight = -step * value
+        log_weight = log_weights(step)
         log_mean += torch.logsumexp(log_weight, -1) - math.log(num_draws)
-        weight = torch.softmax(log_weight, -1)
+        chosen = _systematic(torch.softmax(log_weight, -1), generator)
         beta = beta + step
-        chosen = _systematic(weight, generator)
         x = x.gather(1, chosen.unsqueeze(-1).expand_as(x))
         value = value.gather(1, chosen)
         for _ in range(moves):
@@ -134,12 +138,9 @@ def annealed_estimate(
                 accept = u.log() < log_ratio
                 x[:, half::2] = torch.where(accept.unsqueeze(-1), new, old)
                 value[:, half::2] = torch.where(accept, new_value, value[:, half::2])
-    log_weight = -(1 - beta) * value
-    weight = torch.softmax(log_weight, -1)
-    log_mean += torch.logsumexp(log_weight, -1) - math.log(num_draws)
-    mean = (weight.unsqueeze(-1) * x).sum(1)
-    entropy = -torch.xlogy(weight, weight).sum(-1)
-    return PosteriorEstimate(mean, 1 / weight.square().sum(-1), log_mean, entropy)
+    estimate = posterior_mean(x, log_weights(1 - beta), log_mean)
+    weight = torch.softmax(log_weights(1 - beta), -1)
+    return replace(estimate, entropy=-torch.xlogy(weight, weight).sum(-1))
 
 
 def _next_step(value: Tensor, left: Tensor) -> Tensor:

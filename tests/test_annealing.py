@@ -91,6 +91,25 @@ def test_two_narrow_wells_far_apart_in_six_dimensions():
     assert error.std() < 0.2
 
 
+def test_infinite_energies_have_weight_zero():
+    """Half of the box is forbidden; one noisy point is given nothing but forbidden candidates."""
+    law = IsotropicMixture([[0.3, 0.0]], [0.2], [1.0])
+
+    def energy(x):
+        value = torch.where(x[..., 0] < 0.3, math.inf, law.energy(x))
+        value[-1] = math.inf
+        return value
+
+    x_t, sigma = noisy(law, 50, 0.5)
+    for stages in (0, 4):
+        estimate = annealed_estimate(energy, x_t, sigma, BOX, 64, stages=stages, generator=rng())
+        alive = estimate.ess > 0
+        assert alive[:-1].double().mean() > 0.9 and (estimate.mean[alive, 0] > 0.3).all()
+        assert estimate.mean[-1].eq(0).all() and estimate.ess[-1] == 0
+        assert estimate.log_mean_weight[-1] == -math.inf
+        assert estimate.log_mean_weight[alive].isfinite().all()
+
+
 def test_nothing_is_read_back():
     law = IsotropicMixture([[0.3, 0.0]], [0.2], [1.0])
     x_t, sigma = noisy(law, 20, 0.5)
