@@ -32,7 +32,7 @@ from rsm_sampler.transforms import Affine, Bounds
 
 __all__ = ["EnergySampler", "WeightedDraws"]
 
-Contexts = Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
+ContextLike = Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
 Method = Literal["heun", "ddim", "ancestral", "langevin"]
 _KIND, _VERSION = "sampler", 1
 _SAMPLERS: dict[str, type[Sampler]] = {
@@ -127,7 +127,7 @@ class EnergySampler:
         self,
         n: int,
         *,
-        context: Contexts = None,
+        context: ContextLike = None,
         method: Method = "heun",
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
@@ -170,7 +170,7 @@ class EnergySampler:
         self,
         n: int,
         *,
-        context: Contexts = None,
+        context: ContextLike = None,
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
@@ -188,7 +188,7 @@ class EnergySampler:
         n: int,
         *,
         energy: MeteredEnergy | None = None,
-        context: Contexts = None,
+        context: ContextLike = None,
         purpose: str = "diagnosis",
         generator: torch.Generator | None = None,
     ) -> WeightedDraws:
@@ -223,7 +223,7 @@ class EnergySampler:
         x: Float[Tensor, "n dim"],
         *,
         steps: int = 50,
-        context: Contexts = None,
+        context: ContextLike = None,
         method: Literal["rw", "mala", "hmc"] = "rw",
         generator: torch.Generator | None = None,
     ) -> RefineResult:
@@ -261,7 +261,7 @@ class EnergySampler:
         self,
         x: Float[Tensor, "n dim"],
         *,
-        context: Contexts = None,
+        context: ContextLike = None,
         num_steps: int | None = None,
         with_error: bool = False,
     ) -> Float[Tensor, " n"] | tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
