@@ -32,7 +32,9 @@ from rsm_sampler.transforms import Affine, Bounds
 
 __all__ = ["EnergySampler", "WeightedDraws"]
 
-ContextLike = Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
+ContextLike = (
+    Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
+)
 Method = Literal["heun", "ddim", "ancestral", "langevin"]
 _KIND, _VERSION = "sampler", 1
 _SAMPLERS: dict[str, type[Sampler]] = {
