@@ -221,7 +221,7 @@ def mirror_power(log_density: Tensor, most: float = 0.2, nats: float = 0.3) -> f
 def dpmd(dim: int, width: float, num_steps: int, seed: int) -> dict:
     """Five mirror steps, each against the exact one from its actual predecessor."""
     started = time.perf_counter()
-    target, steps, rounds, states = Wells(dim, width), 2000, 5, 2
+    target, steps, rounds, states = Wells(dim, width), 1000, 5, 8
     generator = torch.Generator().manual_seed(seed + 100)
     config = rl.DPMDConfig(
         num_steps=num_steps,
@@ -244,7 +244,7 @@ def dpmd(dim: int, width: float, num_steps: int, seed: int) -> dict:
         value = target.log_density(previous)
         target.power = mirror_power(value)
         powers.append(target.power)
-        more = steps if turn else 2 * steps  # the first fits from nothing
+        more = steps if turn else 4 * steps  # the first fits from nothing
         for i in range(more):
             index = torch.randint(n, (states * 256,), generator=generator)
             draws = previous[index].view(states, 256, dim)
