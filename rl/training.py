@@ -164,7 +164,7 @@ def resume(
     """
     about = read_about(Path(run_dir))
     for name, given, known in (("env", env, "by_id"), ("eval_env", eval_env, "eval_by_id")):
-        if given is None and not about[known]:
+        if given is None and not about.get(known, True):  # older folders do not say
             raise ValueError(
                 f"{name} must be given for a run on {about[name]}, which has no id, got None"
             )
@@ -177,7 +177,7 @@ def resume(
         config=kind(**about["config"]),
         run_dir=run_dir,
         device=device,
-        eval_env=about["eval_env"] if eval_env is None else eval_env,
+        eval_env=about.get("eval_env") if eval_env is None else eval_env,
         eval_every=about["eval_every"],
         eval_episodes=about["eval_episodes"],
         checkpoint_every=about["checkpoint_every"],
@@ -261,7 +261,10 @@ class _Run:
         self.environments = Environments(env, copies)
         self.given_eval_env = eval_env
         if eval_env is not None:
-            check_fits(self.environments, Environments(eval_env))
+            probe = Environments(eval_env)
+            check_fits(self.environments, probe)
+            if isinstance(eval_env, str) or not hasattr(eval_env, "step"):
+                probe.close()  # made here
         self.eval_env = (None if given else env) if eval_env is None else eval_env
         self.about = {
             "agent": agent,

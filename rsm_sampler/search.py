@@ -86,7 +86,7 @@ def search(
     """
     finder = _Finder(evaluate, dim, generator, draw_context, check, report)
     stage = max(64, min(4096, evaluations // 12))
-    proposal, found, beta = finder.bracket(stage, evaluations // 2, centre, scale)
+    proposal, found, beta = finder.bracket(stage, evaluations, centre, scale)
     enough = max(24.0, 4.0 * dim)
     if dim <= 12:
         left = max(0, evaluations - finder.spent)
@@ -204,7 +204,7 @@ class _Finder:
         self._refuse_falling(found, loc, high, max(16, min(64, stage // 16)))
         proposal = self._fit(found, beta)
         best, stalled, at_one, drawn_from = beta, 0, 0, proposal
-        while self.spent + stage <= evaluations and at_one < 2 and stalled < 5:
+        while self.spent + stage <= evaluations // 2 and at_one < 2 and stalled < 5:
             x, drawn_from = proposal.sample(stage, self.generator), proposal
             found, _ = self._evaluated(x, proposal.log_prob(x), rows)
             beta = _largest_beta(found, many)
@@ -215,7 +215,7 @@ class _Finder:
                 break  # the proposal stays the one these points were drawn from
             proposal = self._fit(found, beta)
         if beta > 0.05 and self._stretch(found, beta, drawn_from) > 0.65:
-            self._refuse_flat(proposal, stage, 2 * evaluations)
+            self._refuse_flat(proposal, stage, evaluations)
         if float(found.ess(1.0)) >= few:
             beta = 1.0
         return proposal, found, beta
