@@ -21,7 +21,6 @@ leads from one to the other.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -138,9 +137,7 @@ def annealed_estimate(
                 accept = u.log() < log_ratio
                 x[:, half::2] = torch.where(accept.unsqueeze(-1), new, old)
                 value[:, half::2] = torch.where(accept, new_value, value[:, half::2])
-    estimate = posterior_mean(x, log_weights(1 - beta), log_mean)
-    weight = torch.softmax(log_weights(1 - beta), -1)
-    return replace(estimate, entropy=-torch.xlogy(weight, weight).sum(-1))
+    return posterior_mean(x, log_weights(1 - beta), log_mean)
 
 
 def _next_step(value: Tensor, left: Tensor) -> Tensor:

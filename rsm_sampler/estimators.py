@@ -187,7 +187,9 @@ def posterior_mean(
             f"got {tuple(log_weight.shape)}"
         )
     weights = _summarise(log_weight, log_constant)
-    return PosteriorEstimate(_weighted_sum(weights.weight, x_0), weights.ess, weights.log_mean)
+    entropy = -torch.xlogy(weights.weight, weights.weight).sum(-1)
+    mean = _weighted_sum(weights.weight, x_0)
+    return PosteriorEstimate(mean, weights.ess, weights.log_mean, entropy)
 
 
 def posterior_estimate(
