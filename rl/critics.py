@@ -23,6 +23,7 @@ class Critic(EnsembleMLP):
         members: Number of Q-functions.
         width: Units of a hidden layer.
         depth: Number of hidden layers.
+        layer_norm: Whether hidden layers are normalised.
         generator: Source of the initial weights, on the CPU.
 
     Example:
@@ -39,6 +40,7 @@ class Critic(EnsembleMLP):
         members: int = 2,
         width: int = 256,
         depth: int = 3,
+        layer_norm: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
@@ -47,6 +49,7 @@ class Critic(EnsembleMLP):
             members=members,
             width=width,
             depth=depth,
+            layer_norm=layer_norm,
             generator=generator,
         )
 

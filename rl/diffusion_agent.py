@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rl.critics import best_candidate
 from rl.off_policy import AgentConfig, NextAction, OffPolicyAgent, _slow_copy
-from rl.policies import DiffusionPolicy
+from rl.policies import ChainName, DiffusionPolicy
 from rl.replay import Batch
 from rsm_sampler.denoisers import Prediction
 from rsm_sampler.schedules import Cosine, DiscreteSchedule, Linear, VariancePreserving
@@ -65,6 +65,8 @@ class DiffusionConfig(AgentConfig):
         schedule_scale: Factor on its rates.
         prediction: What the network's output means; see :mod:`rsm_sampler.denoisers`.
         start_scale: Factor on the noise from which a chain starts (1/2 in published code).
+        chain: ``"ancestral"``, the paper's, or ``"multistep"``, which follows the policy's law
+            more closely where T is large; see :mod:`rsm_sampler.ancestral`.
         behaviour_candidates: M of acting.
         target_candidates: M of the action at the next state.
         evaluation_candidates: M of ``predict(deterministic=True)``.
@@ -82,6 +84,7 @@ class DiffusionConfig(AgentConfig):
     schedule_scale: float = 1.0
     prediction: Prediction = "preconditioned"
     start_scale: float = 1.0
+    chain: ChainName = "ancestral"
     behaviour_candidates: int = 1
     target_candidates: int = 1
     evaluation_candidates: int = 10
@@ -109,7 +112,11 @@ class DiffusionConfig(AgentConfig):
             raise ValueError(f"noise must be at least 0 and finite, got {self.noise}")
         if self.kappa is not None and not self.kappa > 0:
             raise ValueError(f"kappa must be positive or None, got {self.kappa}")
-        for name, allowed in (("schedule", ScheduleName), ("prediction", Prediction)):
+        for name, allowed in (
+            ("schedule", ScheduleName),
+            ("prediction", Prediction),
+            ("chain", ChainName),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
                     f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}"
@@ -164,6 +171,7 @@ class DiffusionAgent(OffPolicyAgent):
             config.make_schedule(),
             prediction=config.prediction,
             start_scale=config.start_scale,
+            chain=config.chain,
             width=config.width,
             depth=config.depth,
             generator=generator,

@@ -65,6 +65,9 @@ class AgentConfig:
         target_period: Updates for each step of the slow copies.
         width: Units of a hidden layer.
         depth: Number of hidden layers.
+        critic_width: Units of a critic's hidden layer; ``width`` if None.
+        critic_depth: Number of a critic's hidden layers; ``depth`` if None.
+        critic_layer_norm: Whether the critics' hidden layers are normalised.
     """
 
     num_envs: int = 5
@@ -87,6 +90,9 @@ class AgentConfig:
     target_period: int = 1
     width: int = 256
     depth: int = 3
+    critic_width: int | None = None
+    critic_depth: int | None = None
+    critic_layer_norm: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.
@@ -107,6 +113,10 @@ class AgentConfig:
         ):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("critic_width", "critic_depth"):
+            value = getattr(self, name)
+            if not (value is None or value >= 1):
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
         for name in ("updates_per_step", "reward_scale", "critic_lr", "policy_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -255,8 +265,9 @@ class OffPolicyAgent(ABC):
         self.critic = Critic(
             observation_dim,
             action_dim,
-            width=config.width,
-            depth=config.depth,
+            width=config.width if config.critic_width is None else config.critic_width,
+            depth=config.depth if config.critic_depth is None else config.critic_depth,
+            layer_norm=config.critic_layer_norm,
             generator=weights,
         ).to(self.device)
         self.target_critic = _slow_copy(self.critic)

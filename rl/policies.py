@@ -1,8 +1,8 @@
 r"""A diffusion policy: one network for all states, sampled by the core's ancestral chain.
 
 The policy is the core's :class:`~rsm_sampler.denoisers.Denoiser` with the observation as context,
-at the T noise levels of a discrete schedule, and its actions are the core's
-:class:`~rsm_sampler.ancestral.Ancestral` chain over these levels. Two things are particular to
+at the T noise levels of a discrete schedule, and its actions are the core's chain over these
+levels, of first or of second order (:mod:`rsm_sampler.ancestral`). Two things are particular to
 actions.
 
 **They live in a box.** The denoised action is cut to :math:`[-1, 1]` at every step of the chain
@@ -17,21 +17,24 @@ times once per chain; a step then only adds the share of the noisy action.
 import itertools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rsm_sampler.ancestral import Ancestral
+from rsm_sampler.ancestral import Ancestral, Multistep
 from rsm_sampler.denoisers import Denoiser, Prediction
 from rsm_sampler.ensemble import EnsembleMLP
 from rsm_sampler.flows import DDIM
 from rsm_sampler.schedules import DiscreteSchedule
 
-__all__ = ["DiffusionPolicy", "PolicyNetwork"]
+__all__ = ["ChainName", "DiffusionPolicy", "PolicyNetwork"]
 
 CHUNK = 2048
 """Actions that one chain draws together on a CPU; what it works on stays in the cache."""
+
+ChainName = Literal["ancestral", "multistep"]
 
 _TIME = 16
 
@@ -109,6 +112,7 @@ class DiffusionPolicy(nn.Module):
         prediction: What the network's output means; see :mod:`rsm_sampler.denoisers`.
         sigma_data: Scale of actions, for the preconditioning.
         start_scale: Factor on the noise from which a chain starts.
+        chain: ``"ancestral"`` or ``"multistep"``.
         width: Units of a hidden layer.
         depth: Number of hidden layers.
         generator: Source of the initial weights, on the CPU.
@@ -132,6 +136,7 @@ class DiffusionPolicy(nn.Module):
         prediction: Prediction = "preconditioned",
         sigma_data: float = 0.5,
         start_scale: float = 1.0,
+        chain: ChainName = "ancestral",
         width: int = 256,
         depth: int = 3,
         generator: torch.Generator | None = None,
@@ -152,7 +157,8 @@ class DiffusionPolicy(nn.Module):
         self.denoiser = Denoiser(network, sigma_data, prediction)
         levels = schedule.sigmas()
         self.register_buffer("sigmas", levels.flip(0).float())  # level t at index t
-        self._chain = Ancestral(
+        kind = Multistep if chain == "multistep" else Ancestral
+        self._chain = kind(
             self.denoiser, levels, dim=action_dim, centred=False, start_scale=start_scale
         )
         self._flow = DDIM(self.denoiser, levels, dim=action_dim, centred=False)

@@ -182,7 +182,7 @@ def sample(
     n: Draws = 10_000,
     output: Path = Path("samples.npz"),
     seed: int = 0,
-    method: Literal["heun", "ddim", "ancestral", "langevin"] = "heun",
+    method: Literal["heun", "ddim", "ancestral", "multistep", "langevin"] = "heun",
     num_steps: OptionalInt = None,
     context: Numbers = None,
     log_prob: bool = False,

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler import checkpoint
-from rsm_sampler.ancestral import Ancestral
+from rsm_sampler.ancestral import Ancestral, Multistep
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.diagnostics import Diagnosis, diagnose
 from rsm_sampler.energy import MeteredEnergy
@@ -35,12 +35,13 @@ __all__ = ["EnergySampler", "WeightedDraws"]
 ContextLike = (
     Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
 )
-Method = Literal["heun", "ddim", "ancestral", "langevin"]
+Method = Literal["heun", "ddim", "ancestral", "multistep", "langevin"]
 _KIND, _VERSION = "sampler", 1
 _SAMPLERS: dict[str, type[Sampler]] = {
     "heun": Heun,
     "ddim": DDIM,
     "ancestral": Ancestral,
+    "multistep": Multistep,
     "langevin": Langevin,
 }
 
@@ -140,8 +141,8 @@ class EnergySampler:
         Arguments:
             n: Number of draws.
             context: One context for all draws, or one for each.
-            method: ``"heun"`` (the probability-flow ODE), ``"ddim"``, ``"ancestral"`` or
-                ``"langevin"``.
+            method: ``"heun"`` (the probability-flow ODE), ``"ddim"``, ``"ancestral"``,
+                ``"multistep"`` or ``"langevin"``.
             num_steps: Number of noise levels; the trainer's choice if None.
             generator: Source of randomness; the sampler's own if None.
             chunk: Draws worked on at a time; bounds the memory and suits the cache.

@@ -10,6 +10,9 @@ functions one in the other:
 
 With :math:`y = -x` at hand, which a matrix product gives for free, that is
 :math:`y - 2y / (1 + \mathrm{sigmoid}(y)^2)`: four passes over the memory.
+
+On a CPU the products of single precision, and those of their gradients, go to oneDNN. PyTorch
+itself sends them to MKL, which leaves half of a processor's vector width unused on some makes.
 """
 
 import itertools
@@ -23,10 +26,21 @@ from torch import Tensor, nn
 
 __all__ = ["EnsembleMLP", "mish"]
 
-_WIDE = torch.backends.mkldnn.is_available() and (
-    torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-)
 
+def _find_linear() -> Any:  # noqa: ANN401
+    """The linear layer of oneDNN that torch.compile uses, where there is one and it is right."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        x, weight, bias = torch.eye(3), torch.arange(6.0).view(2, 3), torch.ones(2)
+        right = torch.equal(operator(x, weight, bias, "none", [], ""), weight.T + 1)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return operator if right else None
+
+
+_LINEAR = _find_linear()
 _CHUNK = 2048  # rows
 
 
@@ -39,6 +53,8 @@ class EnsembleMLP(nn.Module):
         members: Number of perceptrons; they differ in their initial weights.
         width: Units of a hidden layer.
         depth: Number of hidden layers, at least 1.
+        layer_norm: Whether what enters each nonlinearity is first brought to mean 0 and variance
+            1 over the units, then scaled and shifted by learned vectors.
         generator: Source of the initial weights, on the CPU.
 
     Raises:
@@ -64,6 +80,7 @@ class EnsembleMLP(nn.Module):
         members: int = 1,
         width: int = 256,
         depth: int = 3,
+        layer_norm: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +98,10 @@ class EnsembleMLP(nn.Module):
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(members, 1, after)))
+        self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()
+        for _ in range(depth if layer_norm else 0):
+            self.gains.append(nn.Parameter(torch.ones(members, 1, width)))
+            self.shifts.append(nn.Parameter(torch.zeros(members, 1, width)))
         self._scratch: Tensor | None = None
 
     def forward(self, *pieces: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -117,7 +138,7 @@ class EnsembleMLP(nn.Module):
         if all(piece.shape == pieces[0].shape[:-1] + piece.shape[-1:] for piece in pieces):
             x = torch.cat(list(pieces), -1)
             flat = x.reshape(1, -1, x.shape[-1]).expand(self.members, -1, -1)
-            y = torch.baddbmm(self.biases[0], flat, self.weights[0], beta=-1, alpha=-1)
+            y = _affine(flat, self.weights[0], self.biases[0], -1)
             return self.rest(y.view(self.members, *x.shape[:-1], -1))
         # The members' axis stands before the batch: missing axes are written out.
         missing = [len(batch) + 1 - piece.ndim for piece in pieces]
@@ -175,21 +196,31 @@ class EnsembleMLP(nn.Module):
         batch = negated.shape[1:-1]
         h = negated.reshape(self.members, -1, negated.shape[-1])
         if torch.is_grad_enabled() or h.is_cuda:
-            h = _mish_of_minus(h)
-            for weight, bias in zip(
-                list(self.weights)[1:-1], list(self.biases)[1:-1], strict=True
-            ):
-                h = _mish_of_minus(torch.baddbmm(bias, h, weight, beta=-1, alpha=-1))
-            y = torch.baddbmm(self.biases[-1], h, self.weights[-1])
+            h = _mish_of_minus(self._normalised(0, h))
+            hidden = zip(list(self.weights)[1:-1], list(self.biases)[1:-1], strict=True)
+            for number, (weight, bias) in enumerate(hidden, 1):
+                h = _affine(h, weight, bias, -1)
+                h = _mish_of_minus(self._normalised(number, h))
+            y = _affine(h, self.weights[-1], self.biases[-1], 1)
         else:
             scratch, found = self._spare(h[0]), []
             for i, (*layers, last) in enumerate(self.prepared() if prepared is None else prepared):
-                x = _mish_of_minus(h[i].contiguous(), scratch)
-                for layer in layers:
-                    x = _mish_of_minus(layer(x), scratch)
+                x = _mish_of_minus(self._normalised(0, h[i].contiguous(), i), scratch)
+                for number, layer in enumerate(layers, 1):
+                    x = _mish_of_minus(self._normalised(number, layer(x), i), scratch)
                 found.append(last(x))
             y = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
         return y.view(self.members, *batch, self.outputs)
+
+    def _normalised(self, number: int, negated: Tensor, member: int | None = None) -> Tensor:
+        """Layer normalisation of minus a layer's values, of all members or of one."""
+        if not self.gains:
+            return negated
+        gain, shift = self.gains[number], self.shifts[number]
+        units = negated.shape[-1:]
+        if member is not None:
+            return nn.functional.layer_norm(negated, units, gain[member, 0], -shift[member, 0])
+        return torch.addcmul(-shift, nn.functional.layer_norm(negated, units), gain)
 
     def _spare(self, like: Tensor) -> Tensor:
         """Memory for one layer's values: fresh pages cost more than what is written to them."""
@@ -200,26 +231,58 @@ class EnsembleMLP(nn.Module):
 
 
 class _Layer:
-    """The map h -> sign (h W + b) without gradients, by the fastest product that there is.
-
-    PyTorch sends the products of linear layers to MKL, which leaves half of a processor's vector
-    width unused on some makes, and those of convolutions to oneDNN, which does not. A linear layer
-    is a convolution over a row of pixels with a kernel of one pixel; no memory is rearranged.
-    """
+    """The map h -> sign (h W + b) of one member without gradients, ready for many calls."""
 
     def __init__(self, weight: Tensor, bias: Tensor, sign: int) -> None:
-        self.convolves = _WIDE and weight.dtype == torch.float32
+        self.fast = _is_fast(weight)
         self.weight, self.bias, self.sign = weight, bias, sign
-        if self.convolves:
-            self.weight = (sign * weight).T.contiguous()[:, :, None, None]
-            self.bias = sign * bias
+        if self.fast:
+            self.weight, self.bias = (sign * weight).T.contiguous(), sign * bias
 
     def __call__(self, h: Tensor) -> Tensor:
-        if not self.convolves:
-            return torch.addmm(self.bias, h, self.weight, beta=self.sign, alpha=self.sign)
-        pixels = h.view(1, len(h), 1, -1).permute(0, 3, 1, 2)
-        y = nn.functional.conv2d(pixels, self.weight, self.bias)
-        return y.permute(0, 2, 3, 1).reshape(len(h), -1)
+        if self.fast:
+            return _LINEAR(h, self.weight, self.bias, "none", [], "")
+        return torch.addmm(self.bias, h, self.weight, beta=self.sign, alpha=self.sign)
+
+
+def _is_fast(x: Tensor) -> bool:
+    return _LINEAR is not None and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _affine(h: Tensor, weight: Tensor, bias: Tensor, sign: int) -> Tensor:
+    """The map h -> sign (h W + b) of all members, with gradients."""
+    if _is_fast(weight):
+        return _Affine.apply(h, weight, bias, sign)
+    return torch.baddbmm(bias, h, weight, beta=sign, alpha=sign)
+
+
+class _Affine(torch.autograd.Function):
+    """Three products of each member by oneDNN: forwards, and for the gradients of h and W."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, sign: int) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(h, weight)
+        ctx.sign = sign
+        return _products(h, (sign * weight).mT, sign * bias[:, 0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        h, weight = ctx.saved_tensors
+        signed = gradient.neg() if ctx.sign < 0 else gradient
+        to_h = _products(signed, weight) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_h, None, None, None
+        return to_h, _products(h.mT, signed.mT), signed.sum(1, keepdim=True), None
+
+
+def _products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x_i weight_i^T + bias_i for each member i."""
+    biases = [None] * len(x) if bias is None else bias
+    parts = [
+        _LINEAR(each, w, b, "none", [], "") for each, w, b in zip(x, weight, biases, strict=True)
+    ]
+    return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
 
 
 def _split(piece: Tensor, batch_dims: int, size: int) -> Iterable[Tensor]:

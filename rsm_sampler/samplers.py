@@ -11,6 +11,8 @@ The samplers differ in one step, in variance-exploding coordinates and with
 ========== ==================================================================================
 ancestral  :math:`x_s = D + r^2 (x_t - D) + \sigma_s\sqrt{1 - r^2}\; z`, equation (8):
            :mod:`rsm_sampler.ancestral`
+multistep  the same with D extrapolated to the middle of the step, second order:
+           :mod:`rsm_sampler.ancestral`
 DDIM       :math:`x_s = D + r\,(x_t - D)`, the same without noise: :mod:`rsm_sampler.flows`
 Heun       the ODE :math:`dx/d\sigma = (x - D)/\sigma`, second order: :mod:`rsm_sampler.flows`
 Langevin   :math:`x \leftarrow x + \tfrac{h^2}{2} \nabla\log p_\sigma(x) + h z` at each level,
@@ -22,7 +24,7 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -167,6 +169,16 @@ class Sampler(ABC):
         check_draws(n, context)
         x, _ = self.start(n, context=context, generator=generator)
         steps = tqdm(self._steps(), disable=not progress, desc="sampling", leave=False)
+        return self._walk(x, steps, context, generator)
+
+    def _walk(
+        self,
+        x: Tensor,
+        steps: Iterable[tuple[float, float]],
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """All the steps, one after the other."""
         for sigma_t, sigma_s in steps:
             x = self.step(x, sigma_t, sigma_s, context, generator)
         return x

@@ -19,7 +19,7 @@ from rsm_sampler.transforms import Affine, Bounds
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64
-METHODS = ["heun", "ddim", "ancestral", "langevin"]
+METHODS = ["heun", "ddim", "ancestral", "multistep", "langevin"]
 
 
 def rng(seed=0):
@@ -85,7 +85,7 @@ def test_chunks_change_memory_not_the_law():
 
 
 @pytest.mark.parametrize(
-    ("method", "num_steps"), [("heun", 32), ("ddim", 128), ("ancestral", 128)]
+    ("method", "num_steps"), [("heun", 32), ("ddim", 128), ("ancestral", 128), ("multistep", 64)]
 )
 def test_an_exact_denoiser_gives_the_target(method, num_steps):
     """KS of both coordinates, 0.005 for the steps; false alarm 4e-6, detects weights off 0.03.
@@ -282,7 +282,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="n must be at least 0, got -1"):
         sampler.sample(-1)
     with pytest.raises(ValueError, match=r"method must be one of \['ancestral', 'ddim', 'heun', "
-                       r"'langevin'\], got 'euler'"):  # fmt: skip
+                       r"'langevin', 'multistep'\], got 'euler'"):  # fmt: skip
         sampler.sample(5, method="euler")
     with pytest.raises(ValueError, match=r"x must have shape \(n, 2\), got \(3,\)"):
         sampler.log_prob(torch.zeros(3))

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from rsm_sampler import ensemble as ensemble_module
 from rsm_sampler.ensemble import EnsembleMLP, mish
 from rsm_sampler.networks import MLP, shared_level
 from tests.exact import NoReadBack
@@ -184,16 +185,46 @@ def test_shared_pieces_are_as_if_repeated(n, grad):
         torch.testing.assert_close(alone, expected.view(2, n, 100, 1)[:, 0])
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_single_precision_by_either_product(wide, monkeypatch):
-    """Through convolutions and through matrix products, against double precision."""
-    monkeypatch.setattr("rsm_sampler.ensemble._WIDE", wide)
-    ensemble = EnsembleMLP([3, 2], 1, members=2, width=40, generator=rng())
-    x, y = normal(500, 3), normal(500, 2)
-    exact = copy.deepcopy(ensemble).double()(x, y)
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("fast", [True, False])
+def test_single_precision_by_either_product(fast, layer_norm, monkeypatch):
+    """By oneDNN and by PyTorch's own products, values and gradients against double precision."""
+    if not fast:
+        monkeypatch.setattr(ensemble_module, "_LINEAR", None)
+    options = {"width": 40, "layer_norm": layer_norm, "generator": rng()}
+    ensemble = EnsembleMLP([3, 2], 1, members=2, **options)
+    reference = copy.deepcopy(ensemble).double()
+    x, y = normal(500, 3), normal(500, 2).requires_grad_()
+    exact = reference(x, y)
+    exact.square().mean().backward()
+    expected, y.grad = y.grad, None
     with torch.no_grad():
         found = ensemble(x.float(), y.float())
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    again = ensemble(x.float(), y.float())
+    torch.testing.assert_close(again, found, rtol=0, atol=1e-5)
+    again.square().mean().backward()
+    torch.testing.assert_close(y.grad, expected, rtol=0, atol=1e-6)
+    for one, other in zip(ensemble.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_layer_normalisation():
+    """Against PyTorch's layers, with gains and shifts that are not 1 and 0."""
+    ensemble = EnsembleMLP([3], 2, members=2, width=8, depth=2, layer_norm=True).double()
+    for i, each in enumerate([*ensemble.gains, *ensemble.shifts, *ensemble.biases]):
+        torch.nn.init.normal_(each, generator=rng(i))
+    x = normal(20, 3)
+    for member in range(2):
+        h = x
+        for layer in range(3):
+            h = h @ ensemble.weights[layer][member] + ensemble.biases[layer][member]
+            if layer < 2:
+                gain, shift = ensemble.gains[layer][member, 0], ensemble.shifts[layer][member, 0]
+                h = torch.nn.functional.mish(torch.nn.functional.layer_norm(h, (8,), gain, shift))
+        torch.testing.assert_close(ensemble(x)[member], h)
+        with torch.no_grad():
+            torch.testing.assert_close(ensemble(x)[member], h)
 
 
 def test_initial_weights_are_those_of_the_published_code():

@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 
 from energies.gaussian_mixture import GaussianMixture
-from rsm_sampler.ancestral import Ancestral
+from rsm_sampler import ancestral
+from rsm_sampler.ancestral import Ancestral, Multistep
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.flows import DDIM, Heun
 from rsm_sampler.metrics import dkw_band, ks_per_coordinate
@@ -18,7 +19,7 @@ from rsm_sampler.transitions import posterior, variance_exploding, variance_pres
 from tests.exact import IsotropicMixture, NoReadBack, two_modes
 
 DOUBLE = torch.float64
-SAMPLERS = [Ancestral, DDIM, Heun, Langevin]
+SAMPLERS = [Ancestral, Multistep, DDIM, Heun, Langevin]
 FLOWS = [DDIM, Heun]
 
 
@@ -59,8 +60,8 @@ def mixture_cdfs(law):
 
 @pytest.mark.parametrize(
     ("kind", "steps"),
-    [(Ancestral, 150), (DDIM, 150), (Heun, 40)],
-    ids=["ancestral", "ddim", "heun"],
+    [(Ancestral, 150), (Multistep, 60), (DDIM, 150), (Heun, 40)],
+    ids=["ancestral", "multistep", "ddim", "heun"],
 )
 def test_draws_follow_the_mixture(kind, steps):
     """False alarm below 1e-6, with 0.005 of the band left to discretisation.
@@ -150,6 +151,49 @@ def test_ancestral_step_is_the_posterior_kernel():
         mean, std = posterior(x_t, denoised, sigma_t, sigma_s)
         expected = mean + std * normal(50, 2, seed=4)
         torch.testing.assert_close(sampler.step(x_t, sigma_t, sigma_s, None, rng(4)), expected)
+
+
+def test_multistep_extrapolates_the_denoised_point():
+    """The formula, step by step on the same random numbers."""
+    law, levels = two_modes(), [5.0, 3.0, 2.0, 0.5, 0.0]
+    sampler = Multistep(law.denoiser, torch.tensor(levels, dtype=DOUBLE), dim=2)
+    found = sampler.sample(50, generator=rng(4))
+    generator, before = rng(4), None
+    x, _ = sampler.start(50, generator=generator)
+    for i, (sigma_t, sigma_s) in enumerate(itertools.pairwise(levels[:-1])):
+        denoised = law.denoiser(x, torch.full((50,), sigma_t, dtype=DOUBLE))
+        ahead = denoised
+        if before is not None:
+            share = math.log(sigma_t / sigma_s) / math.log(levels[i - 1] / sigma_t)
+            ahead = denoised + 0.5 * share * (denoised - before)
+        mean, std = posterior(x, ahead, sigma_t, sigma_s)
+        x = mean + std * torch.randn(x.shape, dtype=DOUBLE, generator=generator)
+        before = denoised
+    expected = law.denoiser(x, torch.full((50,), 0.5, dtype=DOUBLE))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [(Ancestral, 1.7, 2.1), (Multistep, 3.5, 5.0)], ids=["1", "2"]
+)
+def test_order_of_the_chain(kind, low, high, monkeypatch):
+    """Twice the levels leave a half or a quarter of the error in a normal law's variance.
+
+    No sampling error: the chain is linear in its noises, and each row carries one of them.
+    """
+    law = IsotropicMixture([[0.0]], [1.0], [1.0])
+
+    def error(steps):
+        levels = EDM(0.01, 20.0).sigmas(steps)
+        rows = iter(torch.eye(steps, dtype=DOUBLE)[1:])
+        monkeypatch.setattr(ancestral, "noise_like", lambda x, generator: next(rows)[:, None])
+        sampler = kind(law.denoiser, levels, dim=1)
+        start = levels[0] * torch.eye(steps, dtype=DOUBLE)[0][:, None]
+        x = sampler._walk(start, sampler._steps(), None, None)
+        assert next(rows, None) is None
+        return x.square().sum().item() - 1
+
+    assert low < error(100) / error(200) < high
 
 
 @pytest.mark.parametrize("schedule", [Cosine(20), Linear(20, scale=0.8), VariancePreserving(20)])
@@ -493,7 +537,7 @@ def test_no_value_is_read_back_on_the_way(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "calls"), [(Ancestral, 7), (DDIM, 7), (Heun, 12), (Langevin, 19)]
+    ("kind", "calls"), [(Ancestral, 7), (Multistep, 7), (DDIM, 7), (Heun, 12), (Langevin, 19)]
 )
 def test_denoiser_calls(kind, calls):
     """One for the start; one level for the whole batch in each, which is embedded once."""
