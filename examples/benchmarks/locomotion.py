@@ -1,0 +1,196 @@
+"""Do the agents learn real tasks, and as fast as SAC? Curves of short runs, three seeds each.
+
+    pip install stable-baselines3                                # for the rows "sb3"
+    python examples/benchmarks/locomotion.py                     # all that is not measured yet
+    python examples/benchmarks/locomotion.py --agents dpmd sb3 --envs HalfCheetah-v5 --seeds 0
+
+One environment and one update per step, the configuration ``SHORT`` below. The yardstick is
+stable-baselines3's SAC with its own defaults (warm-up of 100 steps), at the same steps, evaluated
+in the same way: 20 episodes from fixed seeds, best action. Every evaluation is written to
+docs/results/locomotion.json at once; a run that was interrupted goes on from its folder under
+--runs. Runs with a goal stop after two evaluations in a row that reach it.
+"""
+
+import argparse
+import math
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from results import load, store
+
+import rl
+
+SHORT: dict[str, Any] = {
+    "num_envs": 1,
+    "updates_per_step": 1.0,
+    "depth": 2,
+    "critic_layer_norm": True,
+}
+CHAIN: dict[str, Any] = {"num_steps": 10}
+SIZES: dict[str, dict[str, Any]] = {
+    "sac": {**SHORT},
+    "dpmd": {**SHORT, **CHAIN},
+    "sdac": {**SHORT, **CHAIN, "num_draws": 32},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Length of a run, the goal at which it may stop, and what the environment asks for."""
+
+    steps: int
+    every: int
+    goal: float = math.inf
+    discount: float = 0.99
+
+
+TASKS = {
+    "InvertedDoublePendulum-v5": Task(50_000, 2500, goal=9300),
+    "Reacher-v5": Task(60_000, 5000),
+    "Swimmer-v5": Task(100_000, 10_000, discount=0.9999),
+    "HalfCheetah-v5": Task(60_000, 5000),
+    "Hopper-v5": Task(100_000, 10_000),
+}
+
+
+class Record:
+    """The evaluations of a run so far, stored as they come."""
+
+    def __init__(self, key: str, task: Task) -> None:
+        self.key, self.task = key, task
+        self.kept = load("locomotion").get(key, {"evaluations": [], "seconds": 0.0})
+        self.before, self.started = self.kept["seconds"], time.perf_counter()
+
+    def add(self, step: int, mean: float, config: dict[str, Any], *, done: bool = False) -> bool:
+        """Store an evaluation; whether the goal is reached."""
+        known = [e for e in self.kept["evaluations"] if e[0] < step]
+        evaluations = [*known, (step, mean)]
+        lasting = [m for _, m in evaluations[-2:]]
+        reached = len(lasting) > 1 and min(lasting) >= self.task.goal
+        self.kept = {
+            "evaluations": evaluations,
+            "last": mean,
+            "best": max(m for _, m in evaluations),
+            "steps": step,
+            "done": done or reached or step >= self.task.steps,
+            "seconds": self.before + time.perf_counter() - self.started,
+            "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "config": config,
+        }
+        store("locomotion", self.key, self.kept)
+        print(self.key, step, round(mean, 1), f"{self.kept['seconds']:.0f} s", flush=True)
+        return reached
+
+
+def ours(agent: str, env: str, seed: int, folder: Path, changes: dict[str, Any]) -> None:
+    """A run of one of our agents, or the rest of it."""
+    task = TASKS[env]
+    key, folder = f"{agent} {env}/{seed}", folder / f"{agent}-{env}-{seed}"
+    if changes:
+        name = ",".join(f"{k}={v}" for k, v in changes.items())
+        key, folder = f"{agent} {env} {name}/{seed}", folder.with_name(f"{folder.name}-{name}")
+    if load("locomotion").get(key, {}).get("done"):
+        return
+    record = Record(key, task)
+    config = {**SIZES[agent], "discount": task.discount, **changes}
+    rl.train(
+        agent,
+        env,
+        total_steps=task.steps,
+        seed=seed,
+        run_dir=folder,
+        eval_every=task.every,
+        checkpoint_every=task.every,
+        progress=False,
+        callback=lambda progress: record.add(progress.step, progress.mean, config),
+        **config,
+    )
+
+
+class Foreign:
+    """What rl.evaluate needs to know of an agent, around one of stable-baselines3."""
+
+    def __init__(self, model: Any, env: gymnasium.Env) -> None:
+        self.model = model
+        space: Any = env.action_space
+        self.low, self.high = space.low.astype(np.float64), space.high.astype(np.float64)
+        self.action_dim, self.observation_dim = len(self.low), env.observation_space.shape[0]
+
+    def predict(self, observation: np.ndarray, deterministic: bool = True) -> tuple:
+        """As the model's."""
+        return self.model.predict(observation, deterministic=deterministic)
+
+
+def foreign(env: str, seed: int) -> None:
+    """A run of stable-baselines3's SAC, from the beginning."""
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    key, task = f"sb3 {env}/{seed}", TASKS[env]
+    if load("locomotion").get(key, {}).get("done"):
+        return
+    record = Record(key, task)
+    record.before = 0.0
+    made = gymnasium.make(env)
+    config = {"discount": task.discount}
+
+    class Evaluate(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps % task.every:
+                return True
+            mean = rl.evaluate(Foreign(self.model, made), env, episodes=20).mean
+            return not record.add(self.num_timesteps, mean, config)
+
+    model = SAC("MlpPolicy", made, seed=seed, gamma=task.discount, device="cpu")
+    model.learn(task.steps, callback=Evaluate())
+
+
+def parsed(text: str) -> Any:
+    """A number or a truth value where it is one, else the text."""
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--agents", nargs="*", default=["dpmd", "sdac", "sac", "sb3"])
+    parser.add_argument("--envs", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--change", nargs="*", default=[], help="field=value, for an ablation")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folders of the runs")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pairs = (change.partition("=") for change in arguments.change)
+    changes = {name: parsed(value) for name, _, value in pairs}
+    for env in arguments.envs:
+        for seed in arguments.seeds:
+            for agent in arguments.agents:
+                if agent == "sb3":
+                    foreign(env, seed)
+                else:
+                    ours(agent, env, seed, arguments.runs, changes)
+    print(f"{'':60}{'steps':>9}{'last':>10}{'best':>10}{'s':>8}")
+    for key, record in load("locomotion").items():
+        print(
+            f"{key:60}{record['steps']:>9,}{record['last']:>10.1f}{record['best']:>10.1f}"
+            f"{record['seconds']:>8.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
