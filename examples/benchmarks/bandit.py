@@ -223,6 +223,8 @@ def dpmd(dim: int, width: float, num_steps: int, seed: int) -> dict:
     """Five mirror steps, each against the exact one from its actual predecessor."""
     started = time.perf_counter()
     target, steps, rounds, states = Wells(dim, width), 1000, 5, 8
+    # The first fits from nothing; a fifth of the narrowest wells leaves a cusp between them.
+    first = 12_000 if (dim, width) == (1, 0.08) else 4000
     generator = torch.Generator().manual_seed(seed + 100)
     config = rl.DPMDConfig(
         num_steps=num_steps,
@@ -246,7 +248,7 @@ def dpmd(dim: int, width: float, num_steps: int, seed: int) -> dict:
         value = target.log_density(previous)
         target.power = mirror_power(value)
         powers.append(target.power)
-        more = steps if turn else 4 * steps  # the first fits from nothing
+        more = steps if turn else first
         for i in range(more):
             index = torch.randint(n, (states * 256,), generator=generator)
             draws = previous[index].view(states, 256, dim)

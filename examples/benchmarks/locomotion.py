@@ -36,7 +36,7 @@ SHORT: dict[str, Any] = {
 CHAIN: dict[str, Any] = {"num_steps": 10}
 SIZES: dict[str, dict[str, Any]] = {
     "sac": {**SHORT},
-    "dpmd": {**SHORT, **CHAIN},
+    "dpmd": {**SHORT, **CHAIN, "draws_per_state": 16, "target_kl": 1.0},
     "sdac": {**SHORT, **CHAIN, "num_draws": 32},
 }
 
