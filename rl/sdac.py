@@ -27,6 +27,11 @@ entropy of actions with noise of the lowest level (0.09 for the cosine schedule)
 states; a denoiser that is not exact makes it too large, never too small. A step moves
 :math:`\log \lambda` by ``temperature_lr`` times the missing entropy per dimension, within 1.
 
+K candidates cannot make a policy sharper than they can tell: with the best of 32 uniform draws in
+six dimensions alone it keeps an entropy of 0.4 per dimension, whatever the temperature. So lambda
+is kept where the weights are worth ``min_ess`` candidates at least; without this floor it would
+run away to 0. A policy that is to be sharper needs ``anneal_stages``.
+
 Note:
     Deviations of the preset ``"official"`` from the equations are those of the published code: the
     kernel is not truncated but its candidates are cut for Q alone, :math:`h_t` noises a fresh
@@ -82,6 +87,8 @@ class SDACConfig(DiffusionConfig):
         target_entropy: Entropy per dimension that is tuned for, in nats; the uniform law on
             [-1, 1] has 0.69, a normal one of standard deviation 0.1 has -0.6.
         temperature_lr: Rate of log lambda.
+        min_ess: Effective number of candidates, averaged over the batch, below which lambda is
+            raised however much entropy there is; at most half of K counts.
         soft_target: Whether the target subtracts lambda times the log-probability of its action,
             estimated by the density of the exploration noise. Off, because that is the same number
             for every state: a bonus or penalty for staying alive and nothing else.
@@ -97,6 +104,7 @@ class SDACConfig(DiffusionConfig):
     temperature_rule: TemperatureRule = "entropy"
     target_entropy: float = -0.6
     temperature_lr: float = 3e-3
+    min_ess: float = 4.0
     soft_target: bool = False
 
     def __post_init__(self) -> None:
@@ -124,6 +132,8 @@ class SDACConfig(DiffusionConfig):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not 0 <= self.temperature_lr < 1:
             raise ValueError(f"temperature_lr must be in [0, 1), got {self.temperature_lr}")
+        if not 0 < self.min_ess < math.inf:
+            raise ValueError(f"min_ess must be positive and finite, got {self.min_ess}")
         for name, allowed in (("proposal", ProposalName), ("temperature_rule", TemperatureRule)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
@@ -166,6 +176,7 @@ class SDAC(DiffusionAgent):
         self._kernel: ReverseKernel | TruncatedReverseKernel = (
             TruncatedReverseKernel(-1.0, 1.0) if config.truncated else ReverseKernel()
         )
+        self._ess = torch.full((), float(config.num_draws), device=self.device)
         one = torch.ones(self.action_dim, device=self.device)
         self._box = UniformProposal(-one, one, coordinates="variance_preserving")
         # Levels in equal shares of a batch, and the trapezoids of the integral over log sigma.
@@ -240,7 +251,8 @@ class SDAC(DiffusionAgent):
             loss_weight=weight,
         )
         assert estimate.entropy is not None
-        metrics = {"q_weight_ess": estimate.ess.mean() / config.num_draws}
+        self._ess = estimate.ess.mean()
+        metrics = {"q_weight_ess": self._ess / config.num_draws}
         metrics |= self._by_level("q_weight_ess", t, estimate.ess / config.num_draws)
         return loss.mean(), metrics | self._by_level("weight_entropy", t, estimate.entropy)
 
@@ -254,8 +266,10 @@ class SDAC(DiffusionAgent):
         error = (denoised.clamp(-1.0, 1.0) - clean).square().sum(-1) / self._strata.square()
         entropy = self._entropy_offset + (self._stratum_weight * error).sum() / self.action_dim
         if config.temperature_rule == "entropy":
-            missing = (config.target_entropy - entropy).clamp(-1.0, 1.0)
-            self._log_temperature += config.temperature_lr * missing
+            floor = min(config.min_ess, config.num_draws / 2)
+            # In logarithms both; the second is positive where the candidates do not suffice.
+            missing = torch.stack([config.target_entropy - entropy, (floor / self._ess).log()])
+            self._log_temperature += config.temperature_lr * missing.amax().clamp(-1.0, 1.0)
         return {"entropy_per_dim": entropy, "temperature": self._log_temperature.exp()}
 
     def extra_state(self) -> dict[str, Any]:

@@ -226,10 +226,23 @@ def test_entropy_of_a_known_policy():
 
 def test_temperature_rises_while_entropy_is_missing():
     for target, sign in ((5.0, 1), (-5.0, -1)):
-        agent = sdac(target_entropy=target, temperature_lr=0.01)
+        agent = sdac(target_entropy=target, temperature_lr=0.01, min_ess=1e-3)
         agent.update(filled_replay())
         agent.update(filled_replay())
         assert sign * math.log(agent.temperature) == pytest.approx(0.01, rel=1e-6)
+
+
+def test_temperature_rises_where_the_candidates_do_not_suffice():
+    """However much entropy there is: weights of one candidate tell nothing sharper."""
+    for temperature, sign in ((1e-6, 1), (1e3, -1)):
+        agent = sdac(target_entropy=-5.0, temperature_lr=0.01, temperature=temperature)
+        before = math.log(agent.temperature)
+        for _ in range(2):
+            metrics = agent.update(filled_replay())
+        ess = float(metrics["q_weight_ess"]) * agent.config.num_draws
+        assert (ess < agent.config.min_ess) == (sign > 0)
+        step = math.log(agent.temperature) - before
+        assert sign * step == pytest.approx(0.01 * min(1, abs(math.log(4 / ess))), rel=1e-3)
 
 
 @pytest.mark.parametrize("proposal", ["replay", "uniform", "policy", "noised-policy"])
@@ -595,6 +608,7 @@ def test_nothing_is_read_back_in_an_update():
         (SDACConfig, {"num_draws": 3, "anneal_stages": 1}, "num_draws must be at least 4 with"),
         (SDACConfig, {"policy_states": 300}, "policy_states must be from 1 to batch_size 256"),
         (SDACConfig, {"discount": 1.0}, r"discount must be in \[0, 1\), got 1.0"),
+        (SDACConfig, {"min_ess": 0.0}, "min_ess must be positive and finite, got 0.0"),
         (SDACConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (SDACConfig, {"proposal": "none"}, "proposal must be one of .* got 'none'"),
         (SDACConfig, {"temperature_rule": "kappa"}, "kappa must be given"),
