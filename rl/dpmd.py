@@ -7,7 +7,7 @@ The next policy is the solution (2) of mirror descent,
 fitted by the core's :func:`~rsm_sampler.losses.mirror_descent_loss` (13): denoising of the old
 policy's own actions, weighted by :math:`e^{Q/\lambda}`.
 
-By default some of the next states get N = 4 actions, of which the critic's target takes one: one
+By default some of the next states get N = 16 actions, of which the critic's target takes one: one
 chain serves both. Weights are normalised within each state,
 :math:`w_i = N\, \mathrm{softmax}_i\, Q(s, a_i)/\lambda`, so that they compare actions and not
 states; and the divergence comes for free,
@@ -79,14 +79,14 @@ class DPMDConfig(DiffusionConfig):
         noise: As in the base class; by default a little, since a tilted policy only narrows.
     """
 
-    draws_per_state: int = 4
+    draws_per_state: int = 16
     policy_states: int = 32
     old_policy_period: int = 0
     temperature: float = 1.0
     temperature_final: float = 0.3
     temperature_rate: float = 3e-4
     temperature_lr: float = 0.01
-    target_kl: float | None = 0.3
+    target_kl: float | None = 1.0
     standardise: Standardise = "moments"
     moments_rate: float = 1e-3
     clip: float = 3.0

@@ -410,7 +410,7 @@ def test_temperature_follows_the_divergence():
 
 
 def test_the_old_policy_is_frozen_between_copies():
-    agent = dpmd(draws_per_state=2, old_policy_period=3, policy_period=1)
+    agent = dpmd(draws_per_state=4, old_policy_period=3, policy_period=1)
     replay = filled_replay()
     same = []
     for _ in range(7):
@@ -625,7 +625,7 @@ def test_nothing_is_read_back_in_an_update():
         ),
         (
             DPMDConfig,
-            {"draws_per_state": 2, "policy_states": 300},
+            {"draws_per_state": 4, "policy_states": 300},
             "policy_states must be at most batch_size 256",
         ),
         (DPMDConfig, {"clip": 0.0}, "clip must be positive"),

@@ -14,7 +14,7 @@ misses wells of 0.08 by a total variation of 0.025 there, with the exact denoise
 
 DPMD takes five mirror steps from its own samples, the first from a normal law of standard
 deviation 0.4 cut to the box: each by a fifth of Q / lambda, or by as much as changes the policy by
-0.3 nats, the agent's own default. Each iterate is compared with the exact step from its actual
+0.3 nats (1 is the agent's default). Each iterate is compared with the exact step from its actual
 predecessor (samples of the predecessor, weighted), and the last with the exact law of all five
 steps: the drift of resampling. T = 200, second order.
 

@@ -3,6 +3,8 @@
     pip install stable-baselines3                                # for the rows "sb3"
     python examples/benchmarks/locomotion.py                     # all that is not measured yet
     python examples/benchmarks/locomotion.py --agents dpmd sb3 --envs HalfCheetah-v5 --seeds 0
+    python examples/benchmarks/locomotion.py --agents sdac --envs HalfCheetah-v5 --seeds 0 \\
+        --steps 30000 --change truncated=False                   # an ablation, of shorter runs
 
 One environment and one update per step, the configuration ``SHORT`` below. The yardstick is
 stable-baselines3's SAC with its own defaults (warm-up of 100 steps), at the same steps, evaluated
@@ -16,7 +18,7 @@ import math
 import os
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ SHORT: dict[str, Any] = {
 CHAIN: dict[str, Any] = {"num_steps": 10}
 SIZES: dict[str, dict[str, Any]] = {
     "sac": {**SHORT},
-    "dpmd": {**SHORT, **CHAIN, "draws_per_state": 16, "target_kl": 1.0},
+    "dpmd": {**SHORT, **CHAIN},
     "sdac": {**SHORT, **CHAIN, "num_draws": 32},
 }
 
@@ -89,9 +91,10 @@ class Record:
         return reached
 
 
-def ours(agent: str, env: str, seed: int, folder: Path, changes: dict[str, Any]) -> None:
+def ours(
+    agent: str, env: str, seed: int, task: Task, folder: Path, changes: dict[str, Any]
+) -> None:
     """A run of one of our agents, or the rest of it."""
-    task = TASKS[env]
     key, folder = f"{agent} {env}/{seed}", folder / f"{agent}-{env}-{seed}"
     if changes:
         name = ",".join(f"{k}={v}" for k, v in changes.items())
@@ -128,12 +131,12 @@ class Foreign:
         return self.model.predict(observation, deterministic=deterministic)
 
 
-def foreign(env: str, seed: int) -> None:
+def foreign(env: str, seed: int, task: Task) -> None:
     """A run of stable-baselines3's SAC, from the beginning."""
     from stable_baselines3 import SAC
     from stable_baselines3.common.callbacks import BaseCallback
 
-    key, task = f"sb3 {env}/{seed}", TASKS[env]
+    key = f"sb3 {env}/{seed}"
     if load("locomotion").get(key, {}).get("done"):
         return
     record = Record(key, task)
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument("--agents", nargs="*", default=["dpmd", "sdac", "sac", "sb3"])
     parser.add_argument("--envs", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="length of the runs, if not the task's")
     parser.add_argument("--change", nargs="*", default=[], help="field=value, for an ablation")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folders of the runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -178,12 +182,14 @@ def main() -> None:
     pairs = (change.partition("=") for change in arguments.change)
     changes = {name: parsed(value) for name, _, value in pairs}
     for env in arguments.envs:
+        task = TASKS[env]
+        task = replace(task, steps=arguments.steps or task.steps)
         for seed in arguments.seeds:
             for agent in arguments.agents:
                 if agent == "sb3":
-                    foreign(env, seed)
+                    foreign(env, seed, task)
                 else:
-                    ours(agent, env, seed, arguments.runs, changes)
+                    ours(agent, env, seed, task, arguments.runs, changes)
     print(f"{'':60}{'steps':>9}{'last':>10}{'best':>10}{'s':>8}")
     for key, record in load("locomotion").items():
         print(

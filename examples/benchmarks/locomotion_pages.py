@@ -121,6 +121,30 @@ def rows(agent: str, found: dict) -> list[list[str]]:
     return lines
 
 
+def ablations(agent: str) -> str:
+    """Runs with one change beside those without, at the same step."""
+    kept, lines = load("locomotion"), []
+    cases: dict = defaultdict(dict)
+    for key, record in kept.items():
+        name, _, seed = key.rpartition("/")
+        who, env, *changes = name.split()
+        if who == agent and changes:
+            cases[env, changes[0]][seed] = record
+    for (env, change), seeds in sorted(cases.items()):
+        at = min(record["steps"] for record in seeds.values())
+        base = [kept.get(f"{agent} {env}/{seed}", {}).get("evaluations", []) for seed in seeds]
+        changed = [record["evaluations"] for record in seeds.values()]
+        both = [
+            [mean for curve in curves_ for step, mean in curve if step == at]
+            for curves_ in (changed, base)
+        ]
+        texts = [spread(values) if values else "–" for values in both]
+        lines.append([env, f"`{change}`", ", ".join(sorted(seeds)), f"{at / 1000:g}k", *texts])
+    if not lines:
+        return "None measured yet."
+    return table(["environment", "change", "seeds", "step", "with it", "without"], lines)
+
+
 def settings(agent: str, found: dict) -> str:
     """The configuration of each environment's runs."""
     lines = []
@@ -174,6 +198,13 @@ Machine: {machine(some)}.
 ## Settings
 
 {settings(agent, found)}
+
+## One change at a time
+
+Returns of the same evaluations, with the seeds named and, beside them, the same seeds without the
+change (`locomotion.py --change`). One seed is an anecdote: seeds differ by hundreds.
+
+{ablations(agent)}
 
 ## What differs from the paper's protocol
 
