@@ -227,7 +227,12 @@ class DiffusionAgent(OffPolicyAgent):
     def next_action(self, batch: Batch, with_policy: bool) -> NextAction:
         """The best of M draws of the policy, plus noise; no entropy."""
         m = self.config.target_candidates
-        return NextAction(self._noisy_best(self.policy, batch.next_observation, m, self.generator))
+        return NextAction(self._noisy_best(self.policy, self._states(batch), m, self.generator))
+
+    def _states(self, batch: Batch) -> Tensor:
+        """The next states, or the state itself where none follows, for no policy acts there."""
+        over = batch.terminated.unsqueeze(-1) > 0
+        return torch.where(over, batch.observation, batch.next_observation)
 
     def _noisy_best(
         self, policy: DiffusionPolicy, observation: Tensor, m: int, generator: torch.Generator

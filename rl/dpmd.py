@@ -194,7 +194,6 @@ class DPMD(DiffusionAgent):
         """Actions at the next states; before a policy step, several at the first of them."""
         config: DPMDConfig = self.config
         observation = self._states(batch)
-        batch = batch._replace(next_observation=observation)
         if config.draws_per_state == 1 or not with_policy:
             return super().next_action(batch, with_policy)
         n, more = config.policy_states, config.draws_per_state
@@ -212,11 +211,8 @@ class DPMD(DiffusionAgent):
         return NextAction(first, draws=draws)
 
     def _states(self, batch: Batch) -> Tensor:
-        """Where actions are drawn: the next states, or the state itself where none follows."""
-        if self.config.terminal_states:
-            return batch.next_observation
-        over = batch.terminated.unsqueeze(-1) > 0
-        return torch.where(over, batch.observation, batch.next_observation)
+        """Where actions are drawn; as published, terminal states too."""
+        return batch.next_observation if self.config.terminal_states else super()._states(batch)
 
     def policy_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (13) at the next states, with one action each or with N."""

@@ -30,7 +30,8 @@ states; a denoiser that is not exact makes it too large, never too small. A step
 K candidates cannot make a policy sharper than they can tell: with the best of 32 uniform draws in
 six dimensions alone it keeps an entropy of 0.4 per dimension, whatever the temperature. So lambda
 is kept where the weights are worth ``min_ess`` candidates at least; without this floor it would
-run away to 0. A policy that is to be sharper needs ``anneal_stages``.
+run away to 0. For a sharper policy a share of the candidates is drawn about the action that
+:math:`a_t` is a noised version of (``anchor_share``), or they all walk (``anneal_stages``).
 
 Note:
     Deviations of the preset ``"official"`` from the equations are those of the published code: the
@@ -54,16 +55,16 @@ from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.off_policy import NextAction
 from rl.replay import Batch
 from rsm_sampler.annealing import annealed_estimate
-from rsm_sampler.box_kernel import TruncatedReverseKernel
+from rsm_sampler.box_kernel import AnchoredKernel, TruncatedReverseKernel
 from rsm_sampler.estimators import posterior_estimate
-from rsm_sampler.kernels import ReverseKernel
+from rsm_sampler.kernels import Kernel, ReverseKernel
 from rsm_sampler.losses import estimate_loss, noise_weight
 from rsm_sampler.proposals import UniformProposal
 from rsm_sampler.transitions import forward_kernel
 
 __all__ = ["SDAC", "SDACConfig"]
 
-ProposalName = Literal["replay", "uniform", "policy", "noised-policy"]
+ProposalName = Literal["replay", "next", "uniform", "policy", "noised-policy"]
 TemperatureRule = Literal["entropy", "fixed", "kappa"]
 
 
@@ -79,8 +80,11 @@ class SDACConfig(DiffusionConfig):
             posterior, for temperatures so low that K independent candidates miss it
             (``q_weight_ess`` near 1/K).
         anneal_moves: Steps of each candidate in a stage; each costs as many critic values again.
-        proposal: h_t: the noised ``"replay"`` action, ``"uniform"`` on the box, the last
-            ``"policy"``'s action as it is, or noised.
+        anchor_share: Share of the candidates that are drawn about the clean action of h_t; see
+            :class:`~rsm_sampler.box_kernel.AnchoredKernel`.
+        proposal: h_t: the noised ``"replay"`` action; the noised action of the critic's target,
+            at the ``"next"`` states; ``"uniform"`` on the box; the last ``"policy"``'s action as
+            it is, or noised.
         temperature: Lambda at the start, in units of scaled reward.
         temperature_rule: ``"entropy"`` tunes it, ``"fixed"`` does not, ``"kappa"`` ties it to the
             tuned noise as kappa / kappa_0.
@@ -99,6 +103,7 @@ class SDACConfig(DiffusionConfig):
     truncated: bool = True
     anneal_stages: int = 0
     anneal_moves: int = 1
+    anchor_share: float = 0.0
     proposal: ProposalName = "replay"
     temperature: float = 1.0
     temperature_rule: TemperatureRule = "entropy"
@@ -127,6 +132,14 @@ class SDACConfig(DiffusionConfig):
         if self.anneal_stages > 0 and self.num_draws < 4:
             raise ValueError(
                 f"num_draws must be at least 4 with anneal_stages, got {self.num_draws}"
+            )
+        if not 0 <= self.anchor_share < 1 or (
+            self.anchor_share > 0
+            and (not self.truncated or self.anneal_stages > 0 or self.proposal == "uniform")
+        ):
+            raise ValueError(
+                "anchor_share must be in [0, 1), and 0 with the proposal 'uniform', with "
+                f"anneal_stages or without truncated, got {self.anchor_share}"
             )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
@@ -216,10 +229,15 @@ class SDAC(DiffusionAgent):
         """Loss (14) on the batch's states."""
         config: SDACConfig = self.config
         n = config.policy_states
-        batch = batch._replace(observation=batch.observation[:n], action=batch.action[:n])
-        observation = batch.observation
+        if config.proposal == "next":
+            observation, clean = self._states(batch)[:n], drawn.action[:n].clamp(-1.0, 1.0)
+        else:
+            observation, clean = batch.observation[:n], batch.action[:n]
         t, sigma = self._levels_of(n)
-        x_t = self._noisy_action(batch, sigma)
+        x_t, clean = self._noisy_action(observation, clean, sigma)
+        kernel: Kernel = self._kernel
+        if config.anchor_share > 0:
+            kernel = AnchoredKernel(clean, -1.0, 1.0, share=config.anchor_share)
         inverse = self._log_temperature.neg().exp().float()
 
         def energy(candidates: Tensor) -> Tensor:
@@ -239,7 +257,7 @@ class SDAC(DiffusionAgent):
             )
         else:
             estimate = posterior_estimate(
-                energy, x_t, sigma, self._kernel, config.num_draws, generator=self.generator
+                energy, x_t, sigma, kernel, config.num_draws, generator=self.generator
             )
         weight = noise_weight if config.prediction == "noise" else None
         loss = estimate_loss(
@@ -262,7 +280,7 @@ class SDAC(DiffusionAgent):
         config: SDACConfig = self.config
         clean = drawn.action.clamp(-1.0, 1.0)
         x_t = forward_kernel(clean, self._strata, generator=self.generator)
-        denoised = self.policy.denoiser(x_t, self._strata, batch.next_observation)
+        denoised = self.policy.denoiser(x_t, self._strata, self._states(batch))
         error = (denoised.clamp(-1.0, 1.0) - clean).square().sum(-1) / self._strata.square()
         entropy = self._entropy_offset + (self._stratum_weight * error).sum() / self.action_dim
         if config.temperature_rule == "entropy":
@@ -280,18 +298,19 @@ class SDAC(DiffusionAgent):
         """Take back the temperature."""
         self._log_temperature.copy_(state["log_temperature"])
 
-    def _noisy_action(self, batch: Batch, sigma: Tensor) -> Tensor:
-        """A draw of h_t for each state."""
+    def _noisy_action(
+        self, observation: Tensor, clean: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A draw of h_t for each state, and the clean action behind it."""
         proposal = self.config.proposal
         if proposal == "uniform":
-            return self._box.draw(len(sigma), sigma, generator=self.generator)
-        if proposal == "replay":
-            return forward_kernel(batch.action, sigma, generator=self.generator)
-        m = self.config.target_candidates
-        action = self._noisy_best(self.policy, batch.observation, m, self.generator)
+            return self._box.draw(len(sigma), sigma, generator=self.generator), clean
+        if proposal in ("policy", "noised-policy"):
+            m = self.config.target_candidates
+            clean = self._noisy_best(self.policy, observation, m, self.generator)
         if proposal == "policy":
-            return action * torch.hypot(sigma, torch.ones_like(sigma)).unsqueeze(-1)
-        return forward_kernel(action, sigma, generator=self.generator)
+            return clean * torch.hypot(sigma, torch.ones_like(sigma)).unsqueeze(-1), clean
+        return forward_kernel(clean, sigma, generator=self.generator), clean
 
     def _by_level(self, name: str, t: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Means of a number at low, middle and high noise."""

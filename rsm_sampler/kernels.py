@@ -31,6 +31,7 @@ kernel                           candidates                    for
 :class:`BankKernel`              points with known energies    expensive energies
 ``TruncatedReverseKernel``       :math:`\phi` within a box     bounded targets, actions; see
                                                                :mod:`rsm_sampler.box_kernel`
+``AnchoredKernel``               the same, and about an anchor actions of a policy; likewise
 ================================ ============================= ===============================
 """
 

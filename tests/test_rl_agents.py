@@ -245,9 +245,15 @@ def test_temperature_rises_where_the_candidates_do_not_suffice():
         assert sign * step == pytest.approx(0.01 * min(1, abs(math.log(4 / ess))), rel=1e-3)
 
 
-@pytest.mark.parametrize("proposal", ["replay", "uniform", "policy", "noised-policy"])
-def test_every_proposal_trains(proposal):
-    agent = sdac(proposal=proposal, policy_period=1)
+@pytest.mark.parametrize(
+    ("proposal", "anchor_share"),
+    [
+        ("uniform", 0.0),  # its noisy actions have no clean one behind them
+        *itertools.product(["replay", "next", "policy", "noised-policy"], [0.0, 0.5]),
+    ],
+)
+def test_every_proposal_trains(proposal, anchor_share):
+    agent = sdac(proposal=proposal, policy_period=1, anchor_share=anchor_share)
     before = copy.deepcopy(agent.policy.state_dict())
     metrics = agent.update(filled_replay())
     assert all(bool(value.isfinite()) for value in metrics.values())
@@ -529,11 +535,13 @@ def test_the_tuned_noise_ends_at_the_golden_numbers(entropy, kappa):
 
 
 def test_one_candidate_is_the_plain_sampler():
-    agent = sdac()
-    observation = torch.randn(4, OBS, generator=rng())
+    agent, data = sdac(), batch()
     agent.generator.manual_seed(3)
-    action = agent.next_action(batch()._replace(next_observation=observation), False).action
-    assert torch.equal(action, agent.policy.sample(observation, 1, generator=rng(3))[:, 0])
+    action = agent.next_action(data, False).action
+    over = data.terminated > 0
+    assert over.any() and not over.all()  # no policy ever acts where an episode has ended
+    acted = torch.where(over[:, None], data.observation, data.next_observation)
+    assert torch.equal(action, agent.policy.sample(acted, 1, generator=rng(3))[:, 0])
 
 
 def test_the_learning_rate_falls_linearly():
@@ -608,6 +616,9 @@ def test_nothing_is_read_back_in_an_update():
         (SDACConfig, {"num_draws": 3, "anneal_stages": 1}, "num_draws must be at least 4 with"),
         (SDACConfig, {"policy_states": 300}, "policy_states must be from 1 to batch_size 256"),
         (SDACConfig, {"discount": 1.0}, r"discount must be in \[0, 1\), got 1.0"),
+        (SDACConfig, {"anchor_share": 1.0}, r"anchor_share must be in \[0, 1\)"),
+        (SDACConfig, {"anchor_share": 0.5, "truncated": False}, "and 0 with the proposal"),
+        (SDACConfig, {"anchor_share": 0.5, "proposal": "uniform"}, "and 0 with the proposal"),
         (SDACConfig, {"min_ess": 0.0}, "min_ess must be positive and finite, got 0.0"),
         (SDACConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (SDACConfig, {"proposal": "none"}, "proposal must be one of .* got 'none'"),

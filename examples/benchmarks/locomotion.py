@@ -1,9 +1,9 @@
-"""Do the agents learn real tasks, and as fast as SAC? Curves of short runs, three seeds each.
+r"""Do the agents learn real tasks, and as fast as SAC? Curves of short runs, three seeds each.
 
     pip install stable-baselines3                                # for the rows "sb3"
     python examples/benchmarks/locomotion.py                     # all that is not measured yet
     python examples/benchmarks/locomotion.py --agents dpmd sb3 --envs HalfCheetah-v5 --seeds 0
-    python examples/benchmarks/locomotion.py --agents sdac --envs HalfCheetah-v5 --seeds 0 \\
+    python examples/benchmarks/locomotion.py --agents sdac --envs HalfCheetah-v5 --seeds 0 \
         --steps 30000 --change truncated=False                   # an ablation, of shorter runs
 
 One environment and one update per step, the configuration ``SHORT`` below. The yardstick is

@@ -75,7 +75,6 @@ def curves(agent: str, found: dict) -> None:
     for ax in axes[len(envs) :]:
         ax.set_visible(False)
     axes[0].set_ylabel("return")
-    figure.tight_layout()
     (DOCS / "figures").mkdir(exist_ok=True)
     save_figure(figure, DOCS / "figures" / f"results_{agent}.png")
 
