@@ -6,11 +6,12 @@ r"""The command line of the agents: train, evaluate, resume.
     rsm-rl evaluate runs/hc --video
     rsm-rl resume runs/hc
 
-Results go to standard output, progress and errors to standard error. The exit status is 0; 2 for
-an error; 130 if a run was interrupted (it is saved, and ``resume`` goes on with it).
+Results go to standard output, the progress bar and errors to standard error. The exit status is 0;
+2 for an error; 130 if a run was interrupted (it is saved, and ``resume`` goes on with it).
 """
 
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def train(
         env_id: Gymnasium's id of the environment.
         total_steps: Environment steps.
         seed: Decides everything.
-        preset: Configuration: corrected, official or icml2025.
+        preset: Configuration: corrected, official, icml2025 or, of DPMD, printed.
         run_dir: Folder of the run; runs/AGENT-ENV-SEED if left out.
         device: Where to train; auto takes a GPU where there is one.
         eval_every: Environment steps between evaluations.
@@ -103,15 +104,23 @@ def train(
     return _report(folder, trained.interrupted)
 
 
-def resume(run: Positional[Run], *, total_steps: int | None = None, device: str = "auto") -> int:
+def resume(
+    run: Positional[Run],
+    *,
+    total_steps: int | None = None,
+    device: str = "auto",
+    tensorboard: bool = False,
+) -> int:
     """Go on with an interrupted run.
 
     Arguments:
         run: Folder of the run.
         total_steps: A new length.
-        device: Where to train.
+        device: Where to train; auto is where the run was.
+        tensorboard: Whether to write the log for TensorBoard too, into the run's folder.
     """
-    trained = resume_run(run, total_steps=total_steps, device=device)
+    logger = TensorBoardLogger(run / "tensorboard") if tensorboard else None
+    trained = resume_run(run, total_steps=total_steps, device=device, logger=logger)
     return _report(run, trained.interrupted)
 
 
@@ -148,9 +157,13 @@ def evaluate(
 
 
 def _report(folder: Path, interrupted: bool) -> int:
-    for name in ("last", "best"):
+    log = folder / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    means = [line["eval_mean"] for line in lines if "eval_mean" in line]
+    for name, choose in (("last", lambda found: found[-1]), ("best", max)):
         if (folder / f"{name}.pt").exists():
-            sys.stdout.write(f"{folder / name}.pt\n")
+            value = f"  return {choose(means):.1f}" if means else ""
+            sys.stdout.write(f"{folder / name}.pt{value}\n")
     return 130 if interrupted else 0
 
 
@@ -158,6 +171,9 @@ def _change(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"set must be NAME=VALUE, got {text!r}")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name.replace("-", "_"), words[value.lower()]
     try:
         return name.replace("-", "_"), ast.literal_eval(value)
     except (SyntaxError, ValueError):

@@ -110,6 +110,11 @@ class DiffusionConfig(AgentConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise must be at least 0 and finite, got {self.noise}")
+        for name in ("schedule_scale", "start_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.schedule == "vp" and self.schedule_scale != 1:
+            raise ValueError(f"schedule_scale must be 1 for 'vp', got {self.schedule_scale}")
         if self.kappa is not None and not self.kappa > 0:
             raise ValueError(f"kappa must be positive or None, got {self.kappa}")
         for name, allowed in (
@@ -121,6 +126,7 @@ class DiffusionConfig(AgentConfig):
                 raise ValueError(
                     f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}"
                 )
+        self.make_schedule()  # it refuses rates that cannot be
 
     def make_schedule(self) -> DiscreteSchedule:
         """The T noise levels."""
@@ -185,6 +191,14 @@ class DiffusionAgent(OffPolicyAgent):
         self._noise = torch.full((), config.noise, device=self.device)
         self._kappa = torch.ones((), device=self.device)
         return policy
+
+    def extra_state(self) -> dict[str, Any]:
+        """The fixed noises of evaluation."""
+        return {"starts": self._starts}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self._starts = state["starts"].to(self.device)
 
     def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Slow copies and what they follow."""

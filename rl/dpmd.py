@@ -264,15 +264,15 @@ class DPMD(DiffusionAgent):
     def _loss(
         self, action: Tensor, sigma: Tensor, log_weight: Tensor, observation: Tensor
     ) -> Tensor:
-        published = self.config.prediction == "noise"
+        config = self.config
         return mirror_descent_loss(
             self.policy.denoiser,
             action,
             sigma,
             log_weight,
-            self_normalised=not published,
+            self_normalised=(config.standardise, config.prediction) != ("published", "noise"),
             context=observation,
-            loss_weight=noise_weight if published else None,
+            loss_weight=noise_weight if config.prediction == "noise" else None,
             generator=self.generator,
         ).mean()
 
@@ -289,6 +289,7 @@ class DPMD(DiffusionAgent):
     def extra_state(self) -> dict[str, Any]:
         """Temperature and moments."""
         return {
+            **super().extra_state(),
             "log_temperature": self._log_temperature,
             "value_mean": self._value_mean,
             "value_std": self._value_std,
@@ -296,6 +297,7 @@ class DPMD(DiffusionAgent):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back temperature and moments."""
+        super().load_extra_state(state)
         self._log_temperature.copy_(state["log_temperature"])
         self._value_mean.copy_(state["value_mean"])
         self._value_std.copy_(state["value_std"])

@@ -134,7 +134,7 @@ class Environments:
 
         Raises:
             EnvironmentFailure: If an environment raises, or an observation or reward is not
-                finite; the message names step and copy.
+                finite; the message names the step and, of numbers, the copy.
         """
         scaled = self.low + 0.5 * (np.asarray(action, np.float64) + 1) * (self.high - self.low)
         try:
@@ -214,7 +214,7 @@ class Environments:
         self.finished.clear()
 
     def _finite(self, what: str, values: Any) -> NDArray[np.float32]:  # noqa: ANN401
-        values = np.asarray(values, dtype=np.float32)
+        values = np.array(values, dtype=np.float32)  # a copy: environments may write to theirs
         bad = ~np.isfinite(values)
         if bad.any():
             copy = int(np.argwhere(bad)[0, 0])
@@ -244,6 +244,11 @@ def quiet() -> Iterator[None]:
     finally:
         if mujoco is not None:
             mujoco.set_mju_user_warning(before)
+
+
+def is_environment(source: object) -> bool:
+    """Whether it is an environment itself and nothing that makes one, such as its class."""
+    return isinstance(source, gym.Env | VectorEnv)
 
 
 def describe(source: EnvironmentSource) -> str:
@@ -287,11 +292,13 @@ def _by_id(name: str, render_mode: str | None) -> gym.Env:
     options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
         return gym.make(name, **options)
-    except gym.error.UnregisteredEnv as error:
+    except gym.error.Error as error:
         known = [spec for spec in gym.registry if "/" not in spec]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; nearest known: {', '.join(near)}" if near else ""
-        raise ValueError(f"env must be a registered id, got {name!r}{hint}") from error
+        raise ValueError(
+            f"env must be a registered id, got {name!r}{hint} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _check_spaces(observation: gym.Space, action: gym.Space) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rl.environments import Environments, EnvironmentSource
+from rl.environments import Environments, EnvironmentSource, is_environment
 from rl.off_policy import OffPolicyAgent
 
 __all__ = ["Evaluation", "evaluate"]
@@ -131,7 +131,7 @@ def check_fits(agent: OffPolicyAgent | Environments, environments: Environments)
 
 
 def _is_maker(env: EnvironmentSource) -> bool:
-    return callable(env) and not hasattr(env, "step")
+    return callable(env) and not is_environment(env)
 
 
 def _record(

@@ -18,7 +18,17 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from types import UnionType
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 import torch
@@ -57,7 +67,7 @@ class AgentConfig:
         critic_lr: Adam's learning rate of the critics.
         critic_steps: Adam steps with each critic gradient (2 in published DPMD code).
         policy_lr: Adam's learning rate of the policy.
-        policy_lr_final: Where it ends.
+        policy_lr_final: Where it ends; None for where it starts.
         policy_lr_hold: Policy steps before it begins to fall.
         policy_lr_decay: Policy steps over which it falls, linearly.
         policy_period: Updates for each policy step.
@@ -82,7 +92,7 @@ class AgentConfig:
     critic_lr: float = 3e-4
     critic_steps: int = 1
     policy_lr: float = 3e-4
-    policy_lr_final: float = 3e-4
+    policy_lr_final: float | None = None
     policy_lr_hold: int = 25_000
     policy_lr_decay: int = 50_000
     policy_period: int = 2
@@ -100,6 +110,7 @@ class AgentConfig:
         Raises:
             ValueError: With the name, the rule and the value.
         """
+        self._check_types()
         for name in (
             "num_envs",
             "replay_size",
@@ -121,8 +132,9 @@ class AgentConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("warmup_steps", "policy_lr_hold", "policy_lr_final"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if not 0 <= self.discount < 1:
             raise ValueError(f"discount must be in [0, 1), got {self.discount}")
         if not 0 < self.polyak <= 1:
@@ -132,6 +144,20 @@ class AgentConfig:
                 f"replay_size must be at least batch_size {self.batch_size}, "
                 f"got {self.replay_size}"
             )
+
+    def _check_types(self) -> None:
+        """Refuse a text where a number is wanted, and a fraction where a whole one is."""
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), hints[field.name]
+            allowed = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+            if get_origin(wanted) is Literal:
+                continue  # refused by value, with what is allowed
+            if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+                continue
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                name = getattr(wanted, "__name__", str(wanted))
+                raise ValueError(f"{field.name} must be of type {name}, got {value!r}")
 
     @classmethod
     def preset(cls: type[_C], name: str = "corrected", **changes: Any) -> _C:  # noqa: ANN401
@@ -152,6 +178,25 @@ class AgentConfig:
             if field not in fields:
                 raise ValueError(f"config must have fields of {cls.__name__}, got {field!r}")
         return cls(**{**presets[name], **changes})
+
+    @classmethod
+    def from_saved(cls: type[_C], fields: dict[str, Any]) -> _C:
+        """The configuration that a checkpoint or a run's folder holds.
+
+        Arguments:
+            fields: Its fields; those that are missing have their defaults.
+
+        Raises:
+            CheckpointError: If this version does not know a field.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise checkpoint.CheckpointError(
+                    f"checkpoint must have fields of {cls.__name__}, got {name!r}: "
+                    "it is of another version"
+                )
+        return cls(**fields)
 
     @classmethod
     def _presets(cls) -> dict[str, dict[str, Any]]:
@@ -400,7 +445,8 @@ class OffPolicyAgent(ABC):
         if with_policy:
             step = self.updates // config.policy_period - config.policy_lr_hold
             fraction = min(1.0, max(0.0, step / config.policy_lr_decay))
-            fall = config.policy_lr_final - config.policy_lr
+            final = config.policy_lr if config.policy_lr_final is None else config.policy_lr_final
+            fall = final - config.policy_lr
             _set_lr(self.policy_optimiser, config.policy_lr + fraction * fall)
         key = (id(replay), with_policy, with_target)
         if key not in self._captured:
@@ -504,14 +550,16 @@ class OffPolicyAgent(ABC):
         """
         mine = {
             "agent": self.name,
-            "config": asdict(self.config),
             "observation_dim": self.observation_dim,
             "action_dim": self.action_dim,
+            **asdict(self.config),
         }
+        # What an older version did not know yet has its default.
+        kept = {**asdict(self.config_type()), **state["config"], **state}
         for key, value in mine.items():
-            if state[key] != value:
+            if kept[key] != value:
                 raise checkpoint.CheckpointError(
-                    f"checkpoint must be of an agent with {key} {value}, got {state[key]}"
+                    f"checkpoint must be of an agent with {key} {value}, got {kept[key]}"
                 )
         for name, module in self._modules().items():
             module.load_state_dict(state["modules"][name])
@@ -520,6 +568,9 @@ class OffPolicyAgent(ABC):
         if "optimisers" in state:
             for optimiser, kept in zip(self._optimisers(), state["optimisers"], strict=True):
                 optimiser.load_state_dict(kept)
+                for group in optimiser.param_groups:
+                    if isinstance(group["lr"], Tensor):  # graphs read it on the device
+                        group["lr"] = group["lr"].to(self.device)
             for generator, kept in zip(
                 (self.generator, self.acting_generator), state["generators"], strict=True
             ):
@@ -533,7 +584,7 @@ class OffPolicyAgent(ABC):
         agent = cls(
             state["observation_dim"],
             state["action_dim"],
-            cls.config_type(**state["config"]),
+            cls.config_type.from_saved(state["config"]),
             seed=state["seed"],
             device=device,
             low=state["low"].numpy(),

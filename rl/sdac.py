@@ -24,7 +24,8 @@ reads
 
 taken over the T levels with the actions that the critic's target has drawn anyway. It is the
 entropy of actions with noise of the lowest level (0.09 for the cosine schedule), averaged over
-states; a denoiser that is not exact makes it too large, never too small. A step moves
+states; a denoiser that is not exact makes it too large, never too small, but for the integral's
+trapezoids and a random error. A step moves
 :math:`\log \lambda` by ``temperature_lr`` times the missing entropy per dimension, within 1.
 
 K candidates cannot make a policy sharper than they can tell: with the best of 32 uniform draws in
@@ -192,16 +193,20 @@ class SDAC(DiffusionAgent):
         self._ess = torch.full((), float(config.num_draws), device=self.device)
         one = torch.ones(self.action_dim, device=self.device)
         self._box = UniformProposal(-one, one, coordinates="variance_preserving")
-        # Levels in equal shares of a batch, and the trapezoids of the integral over log sigma.
+        # The integral over log sigma by trapezoids, and the levels of a batch by strata of what
+        # they are likely to contribute: an action in the box is known to 1/sqrt(3) at least.
         sigma = self.policy.sigmas[1:].double()
-        t = torch.arange(config.batch_size, device=self.device) % config.num_steps
         width = torch.zeros_like(sigma)
         gap = sigma.log().diff()
         width[1:] += 0.5 * gap
         width[:-1] += 0.5 * gap
-        share = torch.bincount(t, minlength=config.num_steps).clamp(min=1)
+        likely = 1 / (1 + 3 * sigma.square())
+        total = (width * likely).sum()
+        middle = (torch.arange(config.batch_size, device=self.device) + 0.5) / config.batch_size
+        t = torch.searchsorted((width * likely).cumsum(0), middle * total)
+        t = t.clamp(max=config.num_steps - 1)
         self._strata = sigma[t].float()
-        self._stratum_weight = (width / share)[t].float()
+        self._stratum_weight = (total / likely[t] / config.batch_size).float()
         self._entropy_offset = 0.5 * math.log(2 * math.pi * math.e) + math.log(float(sigma[0]))
 
     @property
@@ -292,10 +297,11 @@ class SDAC(DiffusionAgent):
 
     def extra_state(self) -> dict[str, Any]:
         """The temperature."""
-        return {"log_temperature": self._log_temperature}
+        return {**super().extra_state(), "log_temperature": self._log_temperature}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back the temperature."""
+        super().load_extra_state(state)
         self._log_temperature.copy_(state["log_temperature"])
 
     def _noisy_action(

@@ -11,13 +11,14 @@ their own round, and on a GPU they run while the environments step.
 ``log.jsonl``       numbers, one line each ``log_every`` steps and for each evaluation
 ``checkpoint.pt``   the exact state of the run, but for the replay
 ``replay/``         the transitions, each written once
-``last.pt``         the agent after the last evaluation, for :func:`rl.load`
+``last.pt``         the agent after the last evaluation or at the end, for :func:`rl.load`
 ``best.pt``         the agent of the best evaluation
 =================== ==========================================================================
 
 A run that was interrupted and resumed equals one that was not, bit for bit on a CPU with a fixed
 number of threads, for environments whose state can be taken (MuJoCo, classic control, and those
-with ``get_state`` and ``set_state``); others start new episodes, which the log says.
+with ``get_state`` and ``set_state``); others start new episodes, which is printed. After a
+failure of an environment all start new episodes, since some may have stepped.
 """
 
 import json
@@ -37,7 +38,13 @@ import torch
 from tqdm.auto import tqdm
 
 from rl.dpmd import DPMD
-from rl.environments import Environments, EnvironmentSource, describe
+from rl.environments import (
+    EnvironmentFailure,
+    Environments,
+    EnvironmentSource,
+    describe,
+    is_environment,
+)
 from rl.evaluation import check_fits, evaluate
 from rl.off_policy import AgentConfig, OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
@@ -153,7 +160,7 @@ def resume(
         env: The environment, where the run did not get it by id.
         eval_env: That of evaluations, where the run had another one and did not get it by id.
         total_steps: A new length.
-        device: As in :func:`train`.
+        device: Where to train; ``"auto"`` is where the run was.
         progress: As in :func:`train`.
         logger: As in :func:`train`.
         callback: As in :func:`train`.
@@ -174,9 +181,9 @@ def resume(
         about["env"] if env is None else env,
         total_steps=about["total_steps"] if total_steps is None else total_steps,
         seed=about["seed"],
-        config=kind(**about["config"]),
+        config=kind.from_saved(about["config"]),
         run_dir=run_dir,
-        device=device,
+        device=about.get("device", device) if device == "auto" else device,
         eval_env=about.get("eval_env") if eval_env is None else eval_env,
         eval_every=about["eval_every"],
         eval_episodes=about["eval_episodes"],
@@ -250,20 +257,25 @@ class _Run:
                 f"config must be a {kind.config_type.__name__} or the name of a preset, "
                 f"got {config!r}"
             )
+        if config.count_warmup and total_steps <= config.warmup_steps:
+            raise ValueError(
+                f"total_steps must be above warmup_steps {config.warmup_steps}, without which "
+                f"there is no update, got {total_steps}"
+            )
         self.config = config
         self.total_steps, self.log_every, self.eval_episodes = (
             total_steps,
             log_every,
             eval_episodes,
         )
-        given = not isinstance(env, str) and hasattr(env, "step")
+        given = is_environment(env)
         copies = getattr(env, "num_envs", 1) if given else config.num_envs
         self.environments = Environments(env, copies)
         self.given_eval_env = eval_env
         if eval_env is not None:
             probe = Environments(eval_env)
             check_fits(self.environments, probe)
-            if isinstance(eval_env, str) or not hasattr(eval_env, "step"):
+            if not is_environment(eval_env):
                 probe.close()  # made here
         self.eval_env = (None if given else env) if eval_env is None else eval_env
         self.about = {
@@ -273,9 +285,6 @@ class _Run:
             "seed": seed,
             "config": asdict(config),
         }
-        self.folder = None if run_dir is None else Path(run_dir).expanduser()
-        if self.folder is not None:
-            self._claim(self.folder)
         environments = self.environments
         self.agent = kind(
             environments.observation_dim,
@@ -287,6 +296,9 @@ class _Run:
             high=environments.high,
             env=describe(env),
         )
+        self.folder = None if run_dir is None else Path(run_dir).expanduser()
+        if self.folder is not None:
+            self._claim(self.folder)
         sizes = (config.replay_size, environments.observation_dim, environments.action_dim)
         size = ReplayBuffer.size_in_bytes(*sizes)
         self.announcement = (
@@ -311,6 +323,7 @@ class _Run:
         self.recent: list[tuple[float, int]] = []
         self._since = (time.perf_counter(), 0, 0)
         self._saved_at = -1
+        self.failed = False  # some environments may have stepped without us
 
     # ------------------------------------------------------------------ the loop
 
@@ -352,15 +365,21 @@ class _Run:
                         ):
                             break
                     if interrupted():
+                        self._save()
                         raise KeyboardInterrupt
                     if self.checkpoint_every and self._due(before, self.checkpoint_every):
                         self._save()
             self._save()
+            self._save_agent()
         except KeyboardInterrupt:
-            self._save()
+            # In the middle of a step, as after a second Ctrl-C, the last checkpoint stands.
             self.agent.interrupted = True
             where = f"go on with: rsm-rl resume {self.folder}" if self.folder else "nothing saved"
             tqdm.write(f"interrupted at step {self.step:,}; {where}")
+        except EnvironmentFailure:
+            self.failed = True
+            self._save()
+            raise
         except Exception:
             self._save()
             raise
@@ -441,8 +460,7 @@ class _Run:
             self.best = found.mean
             if self.folder is not None:
                 self.agent.save(self.folder / "best.pt")
-        if self.folder is not None:
-            self.agent.save(self.folder / "last.pt")
+        self._save_agent()
         for each in loggers:
             each.log(self.step, **record, eval_best=self.best)
         bar.write(f"step {self.step:,}: {found}") if not bar.disable else None
@@ -460,6 +478,7 @@ class _Run:
         }
         about = {
             **self.about,
+            "device": self.agent.device.type,
             "total_steps": self.total_steps,
             "eval_env": None if self.given_eval_env is None else describe(self.given_eval_env),
             "eval_by_id": isinstance(self.given_eval_env, str | None),
@@ -473,7 +492,10 @@ class _Run:
         if path.exists():
             found = read_about(folder)
             for key, value in self.about.items():
-                if found[key] != json.loads(json.dumps(value)):
+                wanted, kept = json.loads(json.dumps(value)), found[key]
+                if key == "config":  # fields that an older version did not know
+                    kept = {**json.loads(json.dumps(asdict(type(self.config)()))), **kept}
+                if kept != wanted:
                     raise ValueError(
                         f"run_dir must be new or hold this run, got {folder} with {key} "
                         f"{found[key]} instead of {value}"
@@ -487,6 +509,10 @@ class _Run:
         temporary.write_text(json.dumps(about, indent=1) + "\n")
         temporary.replace(path)
 
+    def _save_agent(self) -> None:
+        if self.folder is not None:
+            self.agent.save(self.folder / "last.pt")
+
     def _save(self) -> None:
         if self.folder is None or self._saved_at == self.step:
             return
@@ -494,7 +520,7 @@ class _Run:
         state = {
             "about": self.about,
             "agent": self.agent.state(),
-            "environments": self.environments.state(),
+            "environments": None if self.failed else self.environments.state(),
             "observation": torch.from_numpy(self.observation.copy()),
             "transitions": self.replay.count,
             "step": self.step,
@@ -520,7 +546,7 @@ class _Run:
         self.random = _from_bits(state["random"])
         self._saved_at = self.step
         self._since = (time.perf_counter(), self.step, self.agent.updates)
-        if self.environments.resumes_exactly:
+        if self.environments.resumes_exactly and state["environments"] is not None:
             self.environments.restore(state["environments"])
             self.observation = state["observation"].numpy()
         else:
@@ -541,9 +567,12 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise checkpoint.CheckpointError(f"no run at {folder}: there is no run.json")
     try:
-        return json.loads(path.read_text())
+        about = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(about, dict) or not {"agent", "env", "config", "total_steps"} <= set(about):
+        raise checkpoint.CheckpointError(f"{path} must say what was run, got {str(about)[:80]}")
+    return about
 
 
 def _bits(generator: np.random.Generator) -> dict[str, Any]:
@@ -567,6 +596,11 @@ def _from_bits(state: dict[str, Any]) -> np.random.Generator:
 
 
 def _free_memory() -> float:
+    try:  # with what the system would give back of its caches
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration, ValueError):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -191,7 +191,7 @@ class AnchoredKernel(Kernel):
         reverse = self._inside.draw(x_t, sigma, num_draws - laws * each, generator=generator)
         if each == 0:
             return reverse
-        scale = torch.tensor(self.scales, dtype=x_t.dtype, device=x_t.device)
+        scale = torch.cat([x_t.new_full((1,), s) for s in self.scales])  # filled on the device
         centre = self.anchor.to(x_t).unsqueeze(-2).expand(*x_t.shape[:-1], laws, dim)
         about = self._inside.draw(centre, scale, each, generator=generator)
         x_0 = torch.cat([reverse.x_0, about.x_0.flatten(-3, -2)], -2)

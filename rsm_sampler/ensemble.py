@@ -124,6 +124,7 @@ class EnsembleMLP(nn.Module):
         rows = math.prod(batch)
         if (
             rows * self.members > _CHUNK
+            and batch[0] > 1
             and not torch.is_grad_enabled()
             and pieces[0].device.type == "cpu"
         ):
@@ -271,9 +272,9 @@ class _Affine(torch.autograd.Function):
         h, weight = ctx.saved_tensors
         signed = gradient.neg() if ctx.sign < 0 else gradient
         to_h = _products(signed, weight) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return to_h, None, None, None
-        return to_h, _products(h.mT, signed.mT), signed.sum(1, keepdim=True), None
+        to_weight = _products(h.mT, signed.mT) if ctx.needs_input_grad[1] else None
+        to_bias = signed.sum(1, keepdim=True) if ctx.needs_input_grad[2] else None
+        return to_h, to_weight, to_bias, None
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

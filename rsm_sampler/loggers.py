@@ -12,6 +12,7 @@ run is the log of a run that never stopped.
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -168,7 +169,9 @@ class TensorBoardLogger:
                 "pip install 'rsm-sampler[tensorboard]'"
             ) from error
         purge_step = None if resume_step is None else resume_step + 1
-        self._writer: Any = SummaryWriter(str(Path(folder).expanduser()), purge_step=purge_step)
+        path = str(Path(folder).expanduser())
+        self._open: Callable[[], Any] = lambda: SummaryWriter(path, purge_step=purge_step)
+        self._writer: Any = None
 
     def log(self, step: int, **values: float) -> None:
         """Write one scalar per value.
@@ -177,12 +180,15 @@ class TensorBoardLogger:
             step: The step the values belong to.
             **values: Numbers by name; a slash in a name groups the charts.
         """
+        if self._writer is None:  # not before: the folder is perhaps yet to be claimed by a run
+            self._writer = self._open()
         for name, value in values.items():
             self._writer.add_scalar(name, float(value), int(step))
 
     def close(self) -> None:
         """Write what is still held back, and close the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _to_json(value: float) -> float | str:

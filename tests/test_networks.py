@@ -209,6 +209,23 @@ def test_single_precision_by_either_product(fast, layer_norm, monkeypatch):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_one_state_with_many_actions():
+    """More rows than a chunk, and a first axis of one, along which nothing can be cut."""
+    ensemble = EnsembleMLP([3, 2], 1, members=2, width=8, generator=rng()).double()
+    state, action = normal(1, 1, 3), normal(1, 3000, 2)
+    with torch.no_grad():
+        found = ensemble(state, action)
+    torch.testing.assert_close(found, ensemble(state, action))
+
+
+def test_a_bias_learns_where_its_weight_is_frozen():
+    ensemble = EnsembleMLP([3], 1, members=2, width=8, generator=rng())
+    ensemble.weights.requires_grad_(False)
+    ensemble(normal(5, 3).float()).sum().backward()
+    assert all(bias.grad is not None for bias in ensemble.biases)
+    torch.testing.assert_close(ensemble.biases[-1].grad, torch.full((2, 1, 1), 5.0))
+
+
 def test_layer_normalisation():
     """Against PyTorch's layers, with gains and shifts that are not 1 and 0."""
     ensemble = EnsembleMLP([3], 2, members=2, width=8, depth=2, layer_norm=True).double()

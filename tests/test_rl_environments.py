@@ -45,6 +45,22 @@ def transitions(environments, steps):
     return found
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["Half Cheetah", "Pendulum-v0"])
+def test_other_bad_ids_are_named_too(name):
+    with pytest.raises(ValueError, match=f"env must be a registered id, got '{name}'"):
+        Environments(name)
+
+
+def test_observations_are_not_the_environments_own_memory():
+    vector = gym.vector.SyncVectorEnv([lambda: Counter(5)] * 2, copy=False)
+    environments = Environments(vector)
+    first = environments.reset(seed=0)
+    before = first.copy()
+    environments.step(np.zeros((2, 1), np.float32))
+    np.testing.assert_array_equal(first, before)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("terminates", [True, False])
 def test_episodes_end_with_their_real_last_observation(mode, terminates):

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -169,7 +171,7 @@ def test_the_environment_of_evaluations_is_kept(tmp_path):
         return gym.make("Pendulum-v1", max_episode_steps=7)
 
     gym.register("Shorter-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=7)
-    options = {"eval_every": 40, "eval_episodes": 1, "total_steps": 40}
+    options = {"eval_every": 42, "eval_episodes": 1, "total_steps": 42}
     try:
         for source in ("Shorter-v0", shorter):
             folder = tmp_path / str(callable(source))
@@ -178,7 +180,7 @@ def test_the_environment_of_evaluations_is_kept(tmp_path):
                 with pytest.raises(ValueError, match="eval_env must be given for a run on short"):
                     rl.resume(folder)
             again = source if callable(source) else None
-            rl.resume(folder, eval_env=again, total_steps=80, progress=False)
+            rl.resume(folder, eval_env=again, total_steps=84, progress=False)
             lines = [json.loads(s) for s in (folder / "log.jsonl").read_text().splitlines()]
             assert [s["eval_length"] for s in lines if "eval_length" in s] == [7, 7]
     finally:
@@ -211,6 +213,67 @@ def test_a_failing_environment_leaves_a_saved_run(bad, tmp_path):
         quick("sdac", lambda: Counter(9, bad_step=30, bad=bad), run_dir=folder)
     state = rl.training.checkpoint.load(folder / "checkpoint.pt", kind="run")
     assert state["step"] == 58 and state["transitions"] == 58
+
+
+def test_after_a_failure_episodes_begin_anew(tmp_path):
+    """The environment has moved, we have not: no transition may bridge the two."""
+    folder = tmp_path / "run"
+    source = lambda: Counter(9, bad_step=30, bad="raise")  # noqa: E731
+    with pytest.raises(rl.EnvironmentFailure):
+        quick("sdac", source, run_dir=folder, num_envs=1, policy_states=8)
+    seen = []
+    original = rl.ReplayBuffer.add
+
+    def note(self, batch):
+        seen.append(batch)
+        original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl.ReplayBuffer, "add", note)
+        rl.resume(folder, env=lambda: Counter(9), total_steps=60, progress=False)
+    assert seen[0].observation[0, 1] == 0
+    for batch in seen:
+        step, following = batch.observation[0], batch.next_observation[0]
+        assert following[0] == step[0] and following[1] == step[1] + 1
+
+
+def test_an_interruption_within_a_step_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    folder, original = tmp_path / "run", rl.SDAC.after_policy_step
+    calls = []
+
+    def interrupt(self, *arguments):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(rl.SDAC, "after_policy_step", interrupt)
+    options = {"total_steps": 300, "checkpoint_every": 20}
+    agent = quick(run_dir=folder, **options)
+    assert agent.interrupted
+    whole = quick(run_dir=tmp_path / "whole", **options)
+    assert not whole.interrupted
+    assert torch.equal(parameters(rl.resume(folder, progress=False)), parameters(whole))
+
+
+def test_a_class_makes_environments():
+    sizes = []
+    original = rl.Environments.__init__
+
+    def note(self, *arguments, **options):
+        original(self, *arguments, **options)
+        sizes.append(self.num_envs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl.Environments, "__init__", note)
+        quick("sdac", Wells, eval_every=40)
+    assert sizes == [2, 2, 2]  # training, and two evaluations of two episodes
+
+
+def test_the_last_agent_is_kept_without_evaluations(tmp_path):
+    agent = quick(run_dir=tmp_path / "run")
+    last = rl.load(tmp_path / "run" / "last.pt", device="cpu")
+    assert torch.equal(parameters(agent), parameters(last))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
@@ -287,11 +350,62 @@ def test_command_line(tmp_path, capsys):
     assert main(["resume", folder, "--total-steps", "70"]) == 0
     assert main(["evaluate", folder, "--episodes", "2"]) == 0
     out = capsys.readouterr().out
-    assert "last.pt" in out and "sdac on Pendulum-v1: return -" in out
+    assert (
+        "last.pt  return -" in out
+        and "best.pt  return -" in out
+        and "sdac on Pendulum-v1: return -" in out
+    )
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "no run at" in capsys.readouterr().err
     assert main([*train[:2], "--env-id", "Pendulum-v1", "--total-steps", "9", "--set", "x=1"]) == 2
     assert "config must have fields of SDACConfig, got 'x'" in capsys.readouterr().err
+
+
+def test_truth_values_and_tensorboard_on_the_shell(tmp_path, monkeypatch):
+    made = []
+
+    class Writer:
+        def __init__(self, folder, purge_step=None):
+            made.append(folder)
+            Path(folder).mkdir(parents=True)
+
+        def add_scalar(self, *arguments):
+            pass
+
+        def close(self):
+            pass
+
+    stub = types.ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    fields = [f"{k}={v}" for k, v in QUICK.items() if k not in ("eval_episodes", "progress")]
+    arguments = [
+        "train",
+        "sdac",
+        "--env-id",
+        "Pendulum-v1",
+        "--total-steps",
+        "60",
+        "--tensorboard",
+    ]
+    arguments += ["--eval-every", "60", "--eval-episodes", "2", "--run-dir", str(tmp_path / "run")]
+    assert main([*arguments, "--set", *fields, "policy_states=8", "truncated=false"]) == 0
+    assert made == [str(tmp_path / "run" / "tensorboard")]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["truncated"] is False
+
+
+@pytest.mark.bad_input
+def test_a_rejected_run_leaves_its_folder_alone(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="betas must lie within"):
+        quick(run_dir=folder, schedule_scale=3.0)
+    with pytest.raises(ValueError, match="total_steps must be above warmup_steps 40"):
+        quick(run_dir=folder, total_steps=40)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="must say what was run"):
+        rl.resume(folder)
 
 
 @pytest.mark.bad_input

@@ -37,7 +37,8 @@ from rsm_sampler.metrics import total_variation_floor
 
 PLACE, SHARES = 0.4, (0.7, 0.3)
 START = 0.4  # standard deviation of DPMD's first policy
-# Of SDAC, by dimension, width and, where it differs, T: states of a step, steps, candidates, their stages and moves.
+# Of SDAC, by dimension, width and, where it differs, T: states of a step, steps, candidates,
+# their stages and moves.
 EFFORT = {
     (1, 0.5): (512, 4000, 64, 0, 1),
     (1, 0.2): (256, 4000, 64, 4, 2),
@@ -48,7 +49,7 @@ EFFORT = {
     (6, 0.5): (64, 4000, 128, 6, 2),
     (6, 0.2): (64, 4000, 128, 12, 4),
     (6, 0.08): (64, 2500, 128, 20, 6),
-    (6, 0.08, 400): (64, 6000, 128, 20, 6),
+    (6, 0.08, 400): (64, 5000, 128, 20, 6),
 }
 EDGES = torch.linspace(-1, 1, 51, dtype=torch.float64)
 

@@ -39,7 +39,7 @@ CHAIN: dict[str, Any] = {"num_steps": 10}
 SIZES: dict[str, dict[str, Any]] = {
     "sac": {**SHORT},
     "dpmd": {**SHORT, **CHAIN},
-    "sdac": {**SHORT, **CHAIN, "num_draws": 32},
+    "sdac": {**SHORT, **CHAIN, "num_draws": 32, "proposal": "next", "anchor_share": 0.5},
 }
 
 
