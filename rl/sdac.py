@@ -245,7 +245,11 @@ class SDAC(DiffusionAgent):
             kernel = AnchoredKernel(clean, -1.0, 1.0, share=config.anchor_share)
         inverse = self._log_temperature.neg().exp().float()
 
+        bounds: list[Tensor] = []
+
         def energy(candidates: Tensor) -> Tensor:
+            if not bounds:
+                bounds.append((candidates.abs().amax(-1) > 0.999).float().mean())
             inside = candidates if config.truncated else candidates.clamp(-1.0, 1.0)
             return -inverse * self.critic.minimum(observation.unsqueeze(1), inside)
 
@@ -276,6 +280,7 @@ class SDAC(DiffusionAgent):
         assert estimate.entropy is not None
         self._ess = estimate.ess.mean()
         metrics = {"q_weight_ess": self._ess / config.num_draws}
+        metrics["draws_at_bounds"] = bounds[0]
         metrics |= self._by_level("q_weight_ess", t, estimate.ess / config.num_draws)
         return loss.mean(), metrics | self._by_level("weight_entropy", t, estimate.entropy)
 

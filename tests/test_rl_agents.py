@@ -300,6 +300,36 @@ def test_dpmd_loss_is_equation_13(standardise):
     )
 
 
+def test_dpmd_loss_of_several_draws_is_equation_13_within_each_state():
+    """The default: weights N softmax(Q / lambda) of the N draws of a state, averaged over all."""
+    agent = in_double(dpmd(draws_per_state=4, temperature=0.02, temperature_lr=0.0))
+    data, states = batch(dtype=DOUBLE), agent.config.policy_states
+    draws = 2 * torch.rand(states, 4, ACT, generator=rng(9), dtype=DOUBLE) - 1
+    agent.generator.manual_seed(7)
+    loss, metrics = agent.policy_loss(data, NextAction(draws[:, 0], draws=draws))
+
+    g = rng(7)
+    sigma = agent.policy.sigmas[torch.randint(1, 21, (4 * states,), generator=g)].view(states, 4)
+    noise = torch.randn(4 * states, ACT, dtype=DOUBLE, generator=g).view(states, 4, ACT)
+    reference, divergence = 0.0, 0.0
+    for i in range(states):
+        over = data.terminated[i] > 0  # no policy acts there
+        state = data.observation[i] if over else data.next_observation[i]
+        q = torch.stack([agent.critic.minimum(state, a) for a in draws[i]]).detach()
+        weight = torch.exp(q / 0.02) / torch.exp(q / 0.02).sum()
+        divergence += float((weight * (4 * weight).log()).sum()) / states
+        for j in range(4):
+            x_t = draws[i, j] + sigma[i, j] * noise[i, j]
+            error = (agent.policy.denoiser(x_t, sigma[i, j], state) - draws[i, j]).square().sum()
+            scale = 1 / 0.25 + 1 / sigma[i, j] ** 2
+            reference = reference + 4 * weight[j] * scale * error / (4 * states)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gradients(agent, loss), gradients(agent, reference), rtol=1e-5, atol=1e-7
+    )
+    assert 0.01 < divergence == pytest.approx(float(metrics["kl_to_old"]), rel=1e-5)
+
+
 def test_published_dpmd_weights_are_not_normalised():
     agent = in_double(dpmd("official"))
     data = batch(dtype=DOUBLE)
@@ -471,6 +501,28 @@ def test_sac_target_subtracts_the_entropy_and_the_policy_step_leaves_critics_alo
     fresh.policy_loss(batch(), drawn)[0].backward(inputs=list(fresh.policy.parameters()))
     for old, parameter in zip(before, fresh.critic.parameters(), strict=True):
         assert torch.equal(old, parameter.grad)
+
+
+def test_sac_loss_is_the_objective():
+    """lambda log pi - min Q and its gradient, one state after the other."""
+    agent = in_double(sac(temperature=0.3))
+    data = batch(dtype=DOUBLE)
+    agent.generator.manual_seed(5)
+    loss, _ = agent.policy_loss(data, NextAction(data.action))
+    noise = torch.randn(N, ACT, dtype=DOUBLE, generator=rng(5))
+    reference = 0.0
+    for i in range(N):
+        mean, raw = agent.policy(data.observation[i])[0].chunk(2)
+        std = (-5 + 3.5 * (torch.tanh(raw) + 1)).exp()
+        u = mean + std * noise[i]
+        log_normal = torch.distributions.Normal(mean, std).log_prob(u).sum()
+        log_prob = log_normal - torch.log(1 - torch.tanh(u).square()).sum()
+        q = agent.critic.values(data.observation[i], torch.tanh(u)).min()
+        reference = reference + (0.3 * log_prob - q) / N
+    torch.testing.assert_close(loss, reference, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        gradients(agent, loss), gradients(agent, reference), rtol=1e-5, atol=1e-8
+    )
 
 
 def test_sac_temperature_rises_while_entropy_is_missing():
