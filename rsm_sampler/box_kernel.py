@@ -77,7 +77,8 @@ class TruncatedReverseKernel(Kernel):
     def __init__(
         self, low: Float[Tensor, " dim"] | float, high: Float[Tensor, " dim"] | float
     ) -> None:
-        if not bool((torch.as_tensor(low) < torch.as_tensor(high)).all()):
+        ordered = low < high  # of numbers no tensor is made: policies ask in every step
+        if not (bool(ordered.all()) if isinstance(ordered, Tensor) else ordered):
             raise ValueError(f"low must be less than high, got {low} and {high}")
         self.low = low
         self.high = high

@@ -686,7 +686,14 @@ def test_nothing_is_read_back_in_an_update():
     from tests.exact import NoReadBack
 
     replay = filled_replay()
-    agents = [sdac(anneal_stages=2), dpmd(), dpmd("official"), sac()]
+    agents = [
+        sdac(anneal_stages=2),
+        sdac(anchor_share=0.5, proposal="next", chain="multistep", critic_layer_norm=True),
+        sdac("official"),
+        dpmd(),
+        dpmd("official"),
+        sac(),
+    ]
     for agent in agents:
         agent.update(replay)
         with NoReadBack():

@@ -19,9 +19,20 @@ def filled(device):
     return replay
 
 
-@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.SAC])
-def test_captured_updates_train(kind):
-    config = kind.config_type(**SMALL, **({} if kind is rl.SAC else {"policy_states": 16}))
+@pytest.mark.parametrize(
+    ("kind", "preset", "changes"),
+    [
+        (rl.SDAC, "corrected", {"policy_states": 16}),
+        (rl.SDAC, "corrected", {"policy_states": 16, "anchor_share": 0.5, "proposal": "next"}),
+        (rl.SDAC, "corrected", {"policy_states": 16, "anneal_stages": 2, "chain": "multistep"}),
+        (rl.SDAC, "official", {"policy_states": 16}),
+        (rl.DPMD, "corrected", {"policy_states": 16, "critic_layer_norm": True}),
+        (rl.DPMD, "official", {}),
+        (rl.SAC, "corrected", {}),
+    ],
+)
+def test_captured_updates_train(kind, preset, changes):
+    config = kind.config_type.preset(preset, **SMALL, **changes)
     agent = kind(3, 2, config, device="cuda")
     replay, losses = filled(agent.device), []
     for _ in range(60):
