@@ -17,10 +17,11 @@ from typing import Any
 if importlib.util.find_spec("gymnasium") is None:
     raise ImportError("rl needs gymnasium: pip install 'rsm-sampler[rl]'", name="gymnasium")
 
+from rl.config import AgentConfig
 from rl.dpmd import DPMD, DPMDConfig
 from rl.environments import EnvironmentFailure, Environments, EnvironmentSource
 from rl.evaluation import Evaluation, evaluate
-from rl.off_policy import AgentConfig, OffPolicyAgent
+from rl.off_policy import OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
 from rl.sac import SAC, SACConfig
 from rl.sdac import SDAC, SDACConfig

@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rl.config import AgentConfig
 from rl.critics import best_candidate
-from rl.off_policy import AgentConfig, NextAction, OffPolicyAgent, _slow_copy
+from rl.off_policy import NextAction, OffPolicyAgent, _slow_copy
 from rl.policies import ChainName, DiffusionPolicy
 from rl.replay import Batch
 from rsm_sampler.denoisers import Prediction
@@ -57,7 +58,7 @@ PUBLISHED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(AgentConfig):
-    """What a diffusion policy adds to :class:`~rl.off_policy.AgentConfig`.
+    """What a diffusion policy adds to :class:`~rl.config.AgentConfig`.
 
     Attributes:
         num_steps: Steps T of the chain.

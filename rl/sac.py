@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rl.off_policy import AgentConfig, NextAction, OffPolicyAgent
+from rl.config import AgentConfig
+from rl.off_policy import NextAction, OffPolicyAgent
 from rl.replay import Batch
 from rsm_sampler.ensemble import EnsembleMLP
 

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from rl.config import AgentConfig
 from rl.dpmd import DPMD
 from rl.environments import (
     EnvironmentFailure,
@@ -46,7 +47,7 @@ from rl.environments import (
     is_environment,
 )
 from rl.evaluation import check_fits, evaluate
-from rl.off_policy import AgentConfig, OffPolicyAgent
+from rl.off_policy import OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
 from rl.sac import SAC
 from rl.sdac import SDAC
