@@ -194,12 +194,14 @@ class DiffusionAgent(OffPolicyAgent):
         return policy
 
     def extra_state(self) -> dict[str, Any]:
-        """The fixed noises of evaluation."""
-        return {"starts": self._starts}
+        """The fixed noises of evaluation, and the tuned one, which acts before an update sets it."""
+        return {"starts": self._starts, "noise": self._noise, "kappa": self._kappa}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._starts = state["starts"].to(self.device)
+        self._noise.copy_(state["noise"])
+        self._kappa.copy_(state["kappa"])
 
     def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Slow copies and what they follow."""

@@ -529,6 +529,7 @@ class _Run:
             "best": self.best,
             "evaluations": self.evaluations,
             "recent": self.recent + self.environments.finished,
+            "latest": {name: torch.as_tensor(value) for name, value in self.latest.items()},
             "random": _bits(self.random),
         }
         checkpoint.save(self.folder / "checkpoint.pt", state, kind=_KIND, version=_VERSION)
@@ -544,6 +545,7 @@ class _Run:
         self.replay.load(self.folder / "replay", state["transitions"])
         self.step, self.owed, self.best = state["step"], state["owed"], state["best"]
         self.evaluations, self.recent = state["evaluations"], state["recent"]
+        self.latest = state.get("latest", {})
         self.random = _from_bits(state["random"])
         self._saved_at = self.step
         self._since = (time.perf_counter(), self.step, self.agent.updates)

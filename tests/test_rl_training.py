@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -44,11 +45,23 @@ def parameters(agent):
     )
 
 
-@pytest.mark.parametrize("agent", ["sdac", "dpmd", "sac"])
-@pytest.mark.parametrize("env", ["Pendulum-v1", "InvertedPendulum-v5"])
-def test_interrupted_and_resumed_equals_never_interrupted(agent, env, tmp_path):
+OFFICIAL = {"config": "official", "kappa_period": 10, "normalise_observations": True}
+
+
+@pytest.mark.parametrize(
+    ("agent", "env", "changes"),
+    [
+        *itertools.product(["sdac", "dpmd", "sac"], ["Pendulum-v1", "InvertedPendulum-v5"], [{}]),
+        ("sdac", "Pendulum-v1", {**OFFICIAL, "policy_lr_hold": 5, "policy_lr_decay": 10}),
+        ("dpmd", "Pendulum-v1", OFFICIAL),
+        ("dpmd", "Pendulum-v1", {"old_policy_period": 7, "critic_layer_norm": True}),
+        ("sdac", "Pendulum-v1", {"anchor_share": 0.5, "proposal": "next", "chain": "multistep"}),
+    ],
+)
+def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, tmp_path):
     """Bit for bit: networks, optimisers, replay, environments, logs."""
-    whole = quick(agent, env, total_steps=300, run_dir=tmp_path / "whole", eval_every=100)
+    options = {"total_steps": 300, "eval_every": 100, "log_every": 50, **changes}
+    whole = quick(agent, env, run_dir=tmp_path / "whole", **options)
 
     class Stop(Exception):
         pass
@@ -61,9 +74,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, tmp_path):
     for limit in (100, 200):
         with pytest.raises(Stop):
             if limit == 100:
-                quick(
-                    agent, env, total_steps=300, run_dir=folder, eval_every=100, callback=stop_at
-                )
+                quick(agent, env, run_dir=folder, callback=stop_at, **options)
             else:
                 rl.resume(folder, callback=stop_at, progress=False)
     parts = rl.resume(folder, progress=False)
@@ -77,6 +88,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, tmp_path):
     )
     logs = [JSONLinesLogger.read(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
     for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
         for key in one:
             assert key.endswith("per_second") or one[key] == other[key]
 
