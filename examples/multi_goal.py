@@ -79,6 +79,7 @@ def shares(paths):
 smoke = "--smoke" in sys.argv
 steps = 400 if smoke else 8000
 options = {
+    "num_envs": 1,
     "total_steps": steps,
     "warmup_steps": steps // 8,
     "updates_per_step": 0.5,
