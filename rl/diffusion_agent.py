@@ -194,7 +194,7 @@ class DiffusionAgent(OffPolicyAgent):
         return policy
 
     def extra_state(self) -> dict[str, Any]:
-        """The fixed noises of evaluation, and the tuned one, which acts before an update sets it."""
+        """The fixed noises of evaluation, and the tuned one: it acts before an update sets it."""
         return {"starts": self._starts, "noise": self._noise, "kappa": self._kappa}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
