@@ -80,7 +80,7 @@ class DPMDConfig(DiffusionConfig):
     """
 
     draws_per_state: int = 16
-    policy_states: int = 32
+    policy_states: int = 16
     old_policy_period: int = 0
     temperature: float = 1.0
     temperature_final: float = 0.3

@@ -38,7 +38,7 @@ SHORT: dict[str, Any] = {
 CHAIN: dict[str, Any] = {"num_steps": 10}
 SIZES: dict[str, dict[str, Any]] = {
     "sac": {**SHORT},
-    "dpmd": {**SHORT, **CHAIN},
+    "dpmd": {**SHORT, **CHAIN, "policy_states": 32},
     "sdac": {**SHORT, **CHAIN, "num_draws": 32, "proposal": "next", "anchor_share": 0.5},
 }
 
