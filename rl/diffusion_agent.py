@@ -198,10 +198,11 @@ class DiffusionAgent(OffPolicyAgent):
         return {"starts": self._starts, "noise": self._noise, "kappa": self._kappa}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        self._starts = state["starts"].to(self.device)
-        self._noise.copy_(state["noise"])
-        self._kappa.copy_(state["kappa"])
+        """Take them back; agents saved by an older version have those of their seed."""
+        if "starts" in state:
+            self._starts = state["starts"].to(self.device)
+            self._noise.copy_(state["noise"])
+            self._kappa.copy_(state["kappa"])
 
     def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Slow copies and what they follow."""
