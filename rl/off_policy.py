@@ -33,6 +33,8 @@ from rsm_sampler import checkpoint
 __all__ = ["NextAction", "OffPolicyAgent", "RunningMoments"]
 
 _KIND, _VERSION = "agent", 1
+# Copies that only training needs, and what they are copies of.
+_COPIES = {"target_critic": "critic", "old_policy": "policy"}
 _LARGE_BLOCK = 31 << 20  # bytes; glibc follows up to 32 MiB
 _A = TypeVar("_A", bound="OffPolicyAgent")
 
@@ -347,7 +349,7 @@ class OffPolicyAgent(ABC):
     # ------------------------------------------------------------------ saving
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what acting needs, without optimisers and replay."""
+        """Write what acting needs, without optimisers, slow copies that do not act, and replay."""
         checkpoint.save(path, self.state(training=False), kind=_KIND, version=_VERSION)
 
     def state(self, *, training: bool = True) -> dict[str, Any]:
@@ -366,7 +368,11 @@ class OffPolicyAgent(ABC):
             "seed": self.seed,
             "env": self.env,
             "updates": self.updates,
-            "modules": {k: dict(m.state_dict()) for k, m in self._modules().items()},
+            "modules": {
+                name: dict(module.state_dict())
+                for name, module in self._modules().items()
+                if training or name not in _COPIES
+            },
             "extra": self.extra_state(),
         }
         if training:
@@ -395,8 +401,9 @@ class OffPolicyAgent(ABC):
                 raise checkpoint.CheckpointError(
                     f"checkpoint must be of an agent with {key} {value}, got {kept[key]}"
                 )
+        modules = state["modules"]
         for name, module in self._modules().items():
-            module.load_state_dict(state["modules"][name])
+            module.load_state_dict(modules[name if name in modules else _COPIES[name]])
         self.updates, self.seed = state["updates"], state["seed"]
         self.load_extra_state(state["extra"])
         if "optimisers" in state:

@@ -17,6 +17,7 @@ from rl.policies import DiffusionPolicy
 from rl.replay import Batch, ReplayBuffer
 from rl.sac import SAC, SACConfig
 from rl.sdac import SDAC, SDACConfig
+from rl.training import load
 from rsm_sampler.box_kernel import TruncatedReverseKernel
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.losses import denoising_loss, mirror_descent_loss
@@ -667,8 +668,6 @@ def test_exploiting_is_a_function_of_the_observation():
 
 @pytest.mark.parametrize("make", [sdac, dpmd])
 def test_saved_agents_act_the_same(make, tmp_path):
-    from rl import load
-
     agent = make()
     agent.low, agent.high = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
     agent.update(filled_replay())
@@ -680,6 +679,20 @@ def test_saved_agents_act_the_same(make, tmp_path):
         again.predict(observation, deterministic=True)[0],
     )
     assert dataclasses.asdict(agent.config) == dataclasses.asdict(again.config)
+
+
+def test_saved_agents_leave_out_what_does_not_act(tmp_path):
+    """A loaded agent may learn on: its slow copies start as copies of what they follow."""
+    agent = dpmd(draws_per_state=4, old_policy_period=3)
+    agent.update(filled_replay())
+    agent.save(tmp_path / "agent.pt")
+    kept = agent.state(training=False)["modules"]
+    assert set(kept) == {"critic", "policy", "moments"}
+    assert set(agent.state()["modules"]) == {*kept, "target_critic", "old_policy"}
+    again = load(tmp_path / "agent.pt", device="cpu")
+    for slow, fast in ((again.target_critic, agent.critic), (again.old_policy, agent.policy)):
+        for mine, theirs in zip(slow.parameters(), fast.parameters(), strict=True):
+            assert torch.equal(mine, theirs) and not mine.requires_grad
 
 
 def test_nothing_is_read_back_in_an_update():

@@ -6,7 +6,7 @@ r"""Do the agents learn real tasks, and as fast as SAC? Curves of short runs, th
     python examples/benchmarks/locomotion.py --agents sdac --envs HalfCheetah-v5 --seeds 0 \
         --steps 30000 --change truncated=False                   # an ablation, of shorter runs
 
-One environment and one update per step, the configuration ``SHORT`` below. The yardstick is
+One environment and one update per step; the configurations stand below. The yardstick is
 stable-baselines3's SAC with its own defaults (warm-up of 100 steps), at the same steps, evaluated
 in the same way: 20 episodes from fixed seeds, best action. Every evaluation is written to
 docs/results/locomotion.json at once; a run that was interrupted goes on from its folder under
@@ -18,7 +18,7 @@ import math
 import os
 import resource
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "dpmd": {**SHORT, **CHAIN, "policy_states": 32},
     "sdac": {**SHORT, **CHAIN, "num_draws": 32, "proposal": "next", "anchor_share": 0.5},
 }
+SMALL: dict[str, dict[str, Any]] = {  # half as wide, for the smaller tasks
+    "sac": {**SIZES["sac"], "width": 128},
+    "dpmd": {**SIZES["dpmd"], "width": 128, "policy_states": 16},
+    "sdac": {**SIZES["sdac"], "width": 128, "policy_states": 64},
+}
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,14 @@ class Task:
     every: int
     goal: float = math.inf
     discount: float = 0.99
+    sizes: dict[str, dict[str, Any]] = field(default_factory=lambda: SMALL)
 
 
 TASKS = {
     "InvertedDoublePendulum-v5": Task(50_000, 2500, goal=9300),
     "Reacher-v5": Task(60_000, 5000),
     "Swimmer-v5": Task(100_000, 10_000, discount=0.9999),
-    "HalfCheetah-v5": Task(60_000, 5000),
+    "HalfCheetah-v5": Task(60_000, 5000, sizes=SIZES),
     "Hopper-v5": Task(100_000, 10_000),
 }
 
@@ -65,9 +71,9 @@ TASKS = {
 class Record:
     """The evaluations of a run so far, stored as they come."""
 
-    def __init__(self, key: str, task: Task) -> None:
-        self.key, self.task = key, task
-        self.kept = load("locomotion").get(key, {"evaluations": [], "seconds": 0.0})
+    def __init__(self, key: str, task: Task, file: str = "locomotion") -> None:
+        self.key, self.task, self.file = key, task, file
+        self.kept = load(file).get(key, {"evaluations": [], "seconds": 0.0})
         self.before, self.started = self.kept["seconds"], time.perf_counter()
 
     def add(self, step: int, mean: float, config: dict[str, Any], *, done: bool = False) -> bool:
@@ -86,29 +92,37 @@ class Record:
             "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "config": config,
         }
-        store("locomotion", self.key, self.kept)
+        store(self.file, self.key, self.kept)
         print(self.key, step, round(mean, 1), f"{self.kept['seconds']:.0f} s", flush=True)
         return reached
 
 
 def ours(
-    agent: str, env: str, seed: int, task: Task, folder: Path, changes: dict[str, Any]
+    agent: str,
+    env: str,
+    seed: int,
+    task: Task,
+    folder: Path,
+    changes: dict[str, Any],
+    *,
+    label: str = "",
+    preset: str = "corrected",
+    file: str = "locomotion",
 ) -> None:
     """A run of one of our agents, or the rest of it."""
-    key, folder = f"{agent} {env}/{seed}", folder / f"{agent}-{env}-{seed}"
-    if changes:
-        name = ",".join(f"{k}={v}" for k, v in changes.items())
-        key, folder = f"{agent} {env} {name}/{seed}", folder.with_name(f"{folder.name}-{name}")
-    if load("locomotion").get(key, {}).get("done"):
+    label = label or ",".join(f"{k}={v}" for k, v in changes.items())
+    key = " ".join(part for part in (agent, env, label) if part) + f"/{seed}"
+    if load(file).get(key, {}).get("done"):
         return
-    record = Record(key, task)
-    config = {**SIZES[agent], "discount": task.discount, **changes}
+    record = Record(key, task, file)
+    config = {**task.sizes[agent], "discount": task.discount, **changes}
     rl.train(
         agent,
         env,
         total_steps=task.steps,
         seed=seed,
-        run_dir=folder,
+        config=preset,
+        run_dir=folder / key.replace("/", " ").replace(" ", "-"),
         eval_every=task.every,
         checkpoint_every=task.every,
         progress=False,

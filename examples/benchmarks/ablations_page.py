@@ -1,0 +1,136 @@
+"""Write docs/ablations.md and its figure from the results of ablations.py.
+
+python examples/benchmarks/ablations_page.py
+"""
+
+import math
+
+import numpy as np
+from ablations import ANT, CHEETAH, EXPERIMENTS, TASK, Experiment, Variant
+from agents_page import machine, table
+from locomotion_pages import spread
+from results import FOLDER, load
+
+from rsm_sampler.plotting import new_figure, save_figure
+
+DOCS = FOLDER.parent
+SEEDS = range(10)
+# What the numbers say, in words; written by hand, after the tables.
+FINDINGS: dict[str, str] = {}
+
+
+def records(variant: Variant) -> dict[int, dict]:
+    """The finished runs of a variant, by seed."""
+    kept = load("ablations")
+    found = {seed: kept[variant.key(seed)] for seed in SEEDS if variant.key(seed) in kept}
+    return {seed: record for seed, record in found.items() if record["done"]}
+
+
+def late(record: dict) -> float:
+    """Mean return of the second half of a run."""
+    return float(np.mean([m for step, m in record["evaluations"] if step > TASK.steps / 2]))
+
+
+def name(variant: Variant) -> str:
+    """Agent and label, and the environment where it is another."""
+    where = "" if variant.env == CHEETAH else f", {variant.env}"
+    return f"{variant.agent.upper()} {variant.label}{where}"
+
+
+def rows(experiment: Experiment) -> list[list[str]]:
+    """One row for each variant that was measured."""
+    lines = []
+    for variant in experiment.variants:
+        runs = records(variant)
+        if not runs:
+            continue
+        changes = [f"`{k}={v}`" for k, v in variant.changes.items()]
+        if variant.preset != "corrected":
+            changes.insert(0, f"preset `{variant.preset}`")
+        lines.append(
+            [
+                name(variant),
+                ", ".join(changes) or "–",
+                ", ".join(map(str, runs)),
+                spread([late(r) for r in runs.values()]),
+                ", ".join(f"{late(r):.0f}" for r in runs.values()),
+                spread([r["last"] for r in runs.values()]),
+                f"{np.mean([r['seconds'] for r in runs.values()]) / 60:.0f}",
+            ]
+        )
+    return lines
+
+
+def figure() -> None:
+    """Curves of all experiments: seeds thin, means thick."""
+    columns = 3
+    drawn, axes = new_figure(math.ceil(len(EXPERIMENTS) / columns), columns, size=3.2)
+    for ax, (title, experiment) in zip(axes, EXPERIMENTS.items(), strict=False):
+        for number, variant in enumerate(v for v in experiment.variants if v.env == CHEETAH):
+            runs = records(variant)
+            for record in runs.values():
+                steps, means = np.array(record["evaluations"]).T
+                ax.plot(steps / 1000, means, color=f"C{number}", lw=0.6, alpha=0.6)
+            if runs:
+                mean = np.mean([np.array(r["evaluations"])[:, 1] for r in runs.values()], 0)
+                ax.plot(steps / 1000, mean, color=f"C{number}", lw=2, label=name(variant))
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("1000 environment steps")
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=6)
+    for ax in axes[len(EXPERIMENTS) :]:
+        ax.set_visible(False)
+    axes[0].set_ylabel("return on HalfCheetah-v5")
+    (DOCS / "figures").mkdir(exist_ok=True)
+    save_figure(drawn, DOCS / "figures" / "ablations.png")
+
+
+def section(title: str, experiment: Experiment) -> str:
+    """A question, its table, and what it says."""
+    head = [
+        "variant",
+        "change",
+        "seeds",
+        "second half, mean ± std",
+        "of each seed",
+        "last, mean ± std",
+        "min",
+    ]
+    lines = rows(experiment)
+    body = table(head, lines) if lines else "Not measured yet."
+    finding = FINDINGS.get(title, "")
+    return f"## {experiment.question}\n\n{body}\n" + (f"\n{finding}\n" if finding else "")
+
+
+def main() -> None:
+    """Write the page."""
+    figure()
+    some = next(iter(load("ablations").values()))
+    sections = "\n".join(section(*each) for each in EXPERIMENTS.items())
+    (DOCS / "ablations.md").write_text(
+        f"""# Which choice matters
+
+Written by `python examples/benchmarks/ablations_page.py` from `docs/results/ablations.json`, which
+`python examples/benchmarks/ablations.py --threads 1` measures: {TASK.steps:,} steps of {CHEETAH}
+({ANT} where it says so), one environment, one update per step, 5,000 of the steps with random
+actions, networks of two layers of 128, T = 10. Only what the column "change" says differs from
+the first row of an agent.
+
+"Second half" is the mean of a run's evaluations after {TASK.steps // 2:,} steps (20 episodes each,
+from the seeds 10000 to 10019), "last" the one at its end; means and sample standard deviations are
+over seeds. Runs this short say which choice learns faster, not which ends higher, and seeds differ
+by hundreds: with three seeds of standard deviation s on either side, differences below about 2 s
+are nothing that one could rely on (a t-test at level 0.05 with four degrees of freedom asks for
+2.3 s).
+
+![curves](figures/ablations.png)
+
+Machine: {machine(some)}; another process used the second core.
+
+{sections}"""
+    )
+    print(DOCS / "ablations.md")
+
+
+if __name__ == "__main__":
+    main()
