@@ -21,7 +21,8 @@ from energies.conditional import ConditionalMixture
 from energies.decay import DecayPosterior, decay_energy
 from energies.funnel import Funnel
 from energies.gaussian_mixture import GaussianMixture
-from energies.many_well import ManyWell
+from energies.many_well import ManyWell, SymmetricManyWell
+from energies.particles import DoubleWellCluster, LennardJones, ParticleTarget
 from energies.registry import get, names
 from energies.rings import Rings
 from energies.student_t import StudentT
@@ -33,13 +34,17 @@ __all__ = [
     "ConditionalMixture",
     "DecayPosterior",
     "DistributionTarget",
+    "DoubleWellCluster",
     "Funnel",
     "GaussianMixture",
+    "LennardJones",
     "LogProbEnergy",
     "ManyWell",
     "NumpyEnergy",
+    "ParticleTarget",
     "Rings",
     "StudentT",
+    "SymmetricManyWell",
     "Target",
     "TwoMoons",
     "decay_energy",

@@ -211,11 +211,16 @@ class GaussianMixture(Target):
         )
 
     @classmethod
-    def gmm40(cls) -> GaussianMixture:
-        r"""Forty equal isotropic Gaussians in the plane, means uniform on :math:`[-40, 40]^2`.
+    def gmm40(cls, dim: int = 2, *, std: float = math.log1p(math.e)) -> GaussianMixture:
+        r"""Forty equal isotropic Gaussians, their means uniform on :math:`[-40, 40]^d`.
 
-        The standard deviation is softplus(1) = 1.3133, the entropy 6.858 nats. Two of the means
-        are 1.18 apart.
+        In the plane, with the standard deviation softplus(1) = 1.3133, the entropy is 6.858 nats,
+        and two of the means are 1.18 apart.
+
+        Arguments:
+            dim: Number of coordinates. Published tables in 50 dimensions have means of another
+                generator and a standard deviation of 1.
+            std: Standard deviation of each mode.
 
         Note:
             The log-density is left unclipped; public versions set it to minus infinity below a
@@ -226,8 +231,8 @@ class GaussianMixture(Target):
             | https://arxiv.org/abs/2208.01893
         """
         generator = torch.Generator().manual_seed(0)
-        loc = (torch.rand(40, 2, generator=generator, dtype=torch.float32) - 0.5) * 2 * 40
-        return cls(loc, math.log1p(math.e), name="gmm40")
+        loc = (torch.rand(40, dim, generator=generator, dtype=torch.float32) - 0.5) * 2 * 40
+        return cls(loc, std, name="gmm40" if dim == 2 else f"gmm40-{dim}d")
 
     @classmethod
     def grid(

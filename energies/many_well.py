@@ -1,6 +1,6 @@
-r"""Double well and many-well.
+r"""Double well and many-well, two families that share a name.
 
-Coordinates come in pairs :math:`(a, b)`, each with the energy
+:class:`ManyWell`: coordinates come in pairs :math:`(a, b)`, each with the energy
 
 .. math:: E(a, b) = -\tfrac12 a - 6 a^2 + a^4 + \tfrac12 b^2
 
@@ -14,6 +14,14 @@ one variable: :math:`\int e^{a/2 + 6 a^2 - a^4} da = 11784.50927`, hence
 
 the wells are the outer roots of :math:`4 a^3 - 12 a - \tfrac12 = 0`, and draws follow from the
 inverse CDF of :math:`a`.
+
+:class:`SymmetricManyWell`: m coordinates in double wells that are deep and alike, the others
+normal,
+
+.. math:: E(x) = \sum_{i \le m} (x_i^2 - \delta)^2 + \tfrac12 \sum_{i > m} x_i^2 ,
+
+with :math:`2^m` modes of equal weight at :math:`\pm\sqrt\delta` behind barriers of height
+:math:`\delta^2`.
 """
 
 from __future__ import annotations
@@ -29,7 +37,7 @@ from torch import Tensor
 from energies.quadrature import InverseCDF
 from energies.target import Target
 
-__all__ = ["ManyWell"]
+__all__ = ["ManyWell", "SymmetricManyWell"]
 
 _MAX_LISTED_PAIRS = 10
 
@@ -137,3 +145,79 @@ class ManyWell(Target):
             n, self.dim // 2, dtype=torch.float64, generator=generator, device=device
         )
         return torch.stack([self._table(u), noise], -1).flatten(-2)
+
+
+class SymmetricManyWell(Target):
+    r"""m equal double wells among normal coordinates.
+
+    Arguments:
+        dim: Number d of coordinates.
+        wells: Number m of double wells, the first coordinates; at most ten, so that the modes can
+            be listed.
+        separation: The square :math:`\delta` of the wells' distance from the origin.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    References:
+        | Trust region constrained measure transport in path space (Blessing et al., 2025)
+        | https://arxiv.org/abs/2508.12511
+
+    Example:
+        >>> target = SymmetricManyWell(50)
+        >>> len(target.modes), round(target.log_z, 3)
+        (32, 38.703)
+    """
+
+    def __init__(self, dim: int = 5, *, wells: int = 5, separation: float = 4.0) -> None:
+        if not 1 <= wells <= min(dim, _MAX_LISTED_PAIRS):
+            raise ValueError(
+                f"wells must be from 1 to min(dim, {_MAX_LISTED_PAIRS}), got {wells} for dim {dim}"
+            )
+        if not (separation > 0 and math.isfinite(separation)):
+            raise ValueError(f"separation must be positive and finite, got {separation}")
+        self.num_wells, self.separation = wells, float(separation)
+        centre = math.sqrt(separation)
+        end = math.sqrt(separation + 6.0)  # where the energy is 36
+        self._table = InverseCDF(lambda a: -self._well(a), -end, end)
+        modes = torch.zeros(2**wells, dim, dtype=torch.float64)
+        modes[:, :wells] = centre * torch.tensor(
+            list(itertools.product((-1.0, 1.0), repeat=wells)), dtype=torch.float64
+        )
+        tail = torch.tensor(1 - 0.5e-6 / dim, dtype=torch.float64)
+        reach = torch.full((dim,), float(torch.special.ndtri(tail)), dtype=torch.float64)
+        reach[:wells] = self._table(tail)
+        super().__init__(
+            dim=dim,
+            name=f"many-well-m{wells}" + ("" if dim == wells else f"-{dim}d"),
+            extent=(-reach, reach),
+            log_z=wells * self._table.log_mass + 0.5 * (dim - wells) * math.log(2 * math.pi),
+            modes=modes,
+            mode_weights=torch.full((2**wells,), 2.0**-wells, dtype=torch.float64),
+        )
+
+    def _well(self, a: Tensor) -> Tensor:
+        return (a.square() - self.separation).square()
+
+    def energy(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
+        """The double wells and the normal coordinates."""
+        m = self.num_wells
+        return self._well(x[..., :m]).sum(-1) + 0.5 * x[..., m:].square().sum(-1)
+
+    def responsibilities(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch modes"]:
+        r"""One for the mode on the same side of every barrier, with shape :math:`(*, 2^m)`."""
+        self._check(x)
+        right = x[..., : self.num_wells] > 0
+        place = 2 ** torch.arange(self.num_wells - 1, -1, -1, device=x.device)
+        return torch.nn.functional.one_hot((right * place).sum(-1), 2**self.num_wells).to(x.dtype)
+
+    def well_cdf(self, a: Tensor) -> Tensor:
+        """CDF of a double-well coordinate, float64, with the shape of `a`."""
+        return self._table.cdf(a)
+
+    def _draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        u = torch.rand(n, self.num_wells, dtype=torch.float64, generator=generator, device=device)
+        noise = torch.randn(
+            n, self.dim - self.num_wells, dtype=torch.float64, generator=generator, device=device
+        )
+        return torch.cat([self._table(u), noise], -1)

@@ -16,7 +16,8 @@ from energies.conditional import ConditionalMixture
 from energies.decay import DecayPosterior
 from energies.funnel import Funnel
 from energies.gaussian_mixture import GaussianMixture
-from energies.many_well import ManyWell
+from energies.many_well import ManyWell, SymmetricManyWell
+from energies.particles import DoubleWellCluster, LennardJones
 from energies.rings import Rings
 from energies.student_t import StudentT
 from energies.two_moons import TwoMoons
@@ -32,15 +33,28 @@ def _double_well() -> ManyWell:
     return ManyWell(2)
 
 
+def _gmm40_50d() -> GaussianMixture:
+    return GaussianMixture.gmm40(50, std=1.0)
+
+
+def _lj55() -> LennardJones:
+    return LennardJones(55)
+
+
 _TARGETS: dict[str, Callable[..., Any]] = {
     "conditional-line": ConditionalMixture.line,
     "conditional-plane": ConditionalMixture.plane,
     "decay": DecayPosterior,
     "double-well": _double_well,
+    "dw4": DoubleWellCluster,
     "funnel": Funnel,
     "gmm40": GaussianMixture.gmm40,
+    "gmm40-50d": _gmm40_50d,
     "grid9": GaussianMixture.grid,
+    "lj13": LennardJones,
+    "lj55": _lj55,
     "many-well-32": _many_well,
+    "many-well-m5": SymmetricManyWell,
     "paper-mixture": GaussianMixture.paper,
     "rings": Rings,
     "student-t": StudentT,

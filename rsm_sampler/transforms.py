@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["Affine", "Bounds"]
+__all__ = ["Affine", "Bounds", "MeanFree"]
 
 
 class Bounds:
@@ -160,6 +160,71 @@ class _Limits:
         self.has_low, self.has_high = has_low.to(like.device), has_high.to(like.device)
         self.two_sided = two_sided.to(like.device)
         self.bounded = self.has_low | self.has_high
+
+
+class MeanFree:
+    r"""Particles without their centre of mass, in orthonormal coordinates.
+
+    Energies of particles that only feel each other do not change when all of them move together,
+    so they have a law on :math:`\sum_i x_i = 0` alone. With Helmert's matrix H, whose n - 1
+    orthonormal rows are orthogonal to :math:`(1, \dots, 1)`,
+
+    .. math:: x = H^\top u, \qquad u = H x,
+
+    for each of the s coordinates of space: lengths, and so volumes, are those of the subspace, and
+    isotropic noise of u is mean-free noise of x.
+
+    Arguments:
+        num_particles: Number n of particles, at least two.
+        space_dim: Dimension s of the space they live in.
+
+    Attributes:
+        reduced: Number :math:`(n - 1) s` of coordinates u.
+        full: Number :math:`n s` of coordinates x.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> MeanFree(2, 1).forward(torch.tensor([[2.0]]))[0]
+        tensor([[ 1.4142, -1.4142]])
+    """
+
+    def __init__(self, num_particles: int, space_dim: int) -> None:
+        if num_particles < 2:
+            raise ValueError(f"num_particles must be at least 2, got {num_particles}")
+        if space_dim < 1:
+            raise ValueError(f"space_dim must be at least 1, got {space_dim}")
+        self.num_particles, self.space_dim = num_particles, space_dim
+        self.reduced, self.full = (num_particles - 1) * space_dim, num_particles * space_dim
+        k = torch.arange(1, num_particles, dtype=torch.float64).unsqueeze(-1)
+        column = torch.arange(num_particles, dtype=torch.float64)
+        rows = torch.where(column < k, 1.0, torch.where(column == k, -k, 0.0))
+        self.basis = rows / (k * (k + 1)).sqrt()
+        self._like: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def forward(
+        self, u: Float[Tensor, "*batch reduced"]
+    ) -> tuple[Float[Tensor, "*batch full"], Float[Tensor, "*batch"]]:
+        """Particles around their centre of mass, and the logarithm of the volume, which is 0."""
+        points = u.unflatten(-1, (self.num_particles - 1, self.space_dim))
+        return (self._basis(u).mT @ points).flatten(-2), torch.zeros_like(u[..., 0])
+
+    def inverse(self, x: Float[Tensor, "*batch full"]) -> Float[Tensor, "*batch reduced"]:
+        """The coordinates of particles, wherever their centre of mass is."""
+        points = x.unflatten(-1, (self.num_particles, self.space_dim))
+        return (self._basis(x) @ points).flatten(-2)
+
+    def centred(self, x: Float[Tensor, "*batch full"]) -> Float[Tensor, "*batch full"]:
+        """The particles moved together, so that their centre of mass is the origin."""
+        points = x.unflatten(-1, (self.num_particles, self.space_dim))
+        return (points - points.mean(-2, keepdim=True)).flatten(-2)
+
+    def _basis(self, like: Tensor) -> Tensor:
+        key = (like.dtype, like.device)
+        if key not in self._like:
+            self._like[key] = self.basis.to(like)
+        return self._like[key]
 
 
 class Affine:

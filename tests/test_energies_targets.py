@@ -13,10 +13,24 @@ from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
 import energies
-from energies import DecayPosterior, Funnel, ManyWell, Rings, StudentT, Target, TwoMoons
+from energies import (
+    DecayPosterior,
+    Funnel,
+    ManyWell,
+    Rings,
+    StudentT,
+    SymmetricManyWell,
+    Target,
+    TwoMoons,
+)
 from energies.quadrature import InverseCDF, integrate_cells
 
-NAMES = [name for name in energies.names() if not name.startswith("conditional")]
+NO_DRAWS = {"lj13", "lj55"}  # tests/test_energies_particles.py
+NAMES = [
+    name
+    for name in energies.names()
+    if not name.startswith("conditional") and name not in NO_DRAWS
+]
 _made = {name: energies.get(name) for name in NAMES}
 PLANE = [name for name in NAMES if _made[name].dim == 2]
 SMOOTH = [name for name in NAMES if name != "rings"]
@@ -418,7 +432,7 @@ def test_decay_posterior_by_independent_quadrature():
 # -- change of scale ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dw4"])  # it refuses other units
 def test_affine_targets_carry_everything_across(name):
     base = _made[name]
     shift = torch.linspace(-1, 1, base.dim, dtype=torch.float64)
@@ -499,3 +513,36 @@ def test_unknown_answers_are_refused():
     with pytest.raises(NotImplementedError, match="plain has no exact sampler"):
         target.sample(3)
     assert target.affine(scale=2.0).log_z is None
+
+
+def test_symmetric_wells_by_scipy():
+    """The normaliser by another quadrature, the draws by DKW (false alarm 1e-6, detects 0.02)."""
+    target, n = SymmetricManyWell(7, wells=3, separation=2.0), 20_000
+    well, _ = integrate.quad(lambda a: math.exp(-((a * a - 2) ** 2)), -4, 4, epsabs=1e-13)
+    assert target.log_z == pytest.approx(3 * math.log(well) + 2 * math.log(2 * math.pi), abs=1e-10)
+    x = target.sample(n, generator=seeded(), dtype=torch.float64)
+    band = dkw_band(n, 1e-6 / 7)
+    for i in range(3):
+        u = target.well_cdf(x[:, i]).numpy()
+        assert stats.kstest(u, "uniform").statistic <= band
+    for i in range(3, 7):
+        assert stats.kstest(x[:, i].numpy(), "norm").statistic <= band
+    assert target.well_cdf(torch.tensor([0.0])).item() == pytest.approx(0.5, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"), [({"wells": 6}, "wells"), ({"separation": 0.0}, "separation")]
+)
+def test_symmetric_wells_refuse(options, rule):
+    with pytest.raises(ValueError, match=rule):
+        SymmetricManyWell(5, **options)
+
+
+def test_forty_gaussians_in_the_plane_stay_as_they_were():
+    """The first three means of the published target; the other dimensions are another target."""
+    plane, high = energies.get("gmm40"), energies.get("gmm40-50d")
+    published = [[-0.2995, 21.4577], [-32.9218, -29.4376], [-15.4062, 10.7263]]
+    torch.testing.assert_close(plane.modes[:3].float(), torch.tensor(published), atol=1e-4, rtol=0)
+    assert high.dim == 50 and float(high.modes.abs().max()) <= 40
+    gap = torch.cdist(high.modes, high.modes) + 1e9 * torch.eye(40, dtype=torch.float64)
+    assert float(gap.min()) > 100  # forty modes, none of them near another
