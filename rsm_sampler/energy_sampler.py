@@ -36,7 +36,7 @@ ContextLike = (
     Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
 )
 Method = Literal["heun", "ddim", "ancestral", "multistep", "langevin"]
-_KIND, _VERSION = "sampler", 1
+_KIND, _VERSION = "sampler", 2
 _SAMPLERS: dict[str, type[Sampler]] = {
     "heun": Heun,
     "ddim": DDIM,

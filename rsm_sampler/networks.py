@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["MLP", "shared_level"]
+__all__ = ["MLP", "embedded_level", "linear", "shared_level"]
 
 
 def shared_level(level: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch"]:
@@ -41,6 +41,22 @@ def shared_level(level: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch"]:
     if level.numel() == 0:
         return level
     return level[tuple(slice(None) if stride else slice(0, 1) for stride in level.stride())]
+
+
+def embedded_level(log_sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch 17"]:
+    """Log noise levels, divided by 10, and eight harmonics of a wave of length 40.
+
+    Arguments:
+        log_sigma: Logarithms of noise levels; an axis along which all are one and the same
+            expanded number has size one in the result.
+
+    Example:
+        >>> embedded_level(torch.zeros(3)).shape, embedded_level(torch.zeros(()).expand(3)).shape
+        (torch.Size([3, 17]), torch.Size([1, 17]))
+    """
+    level = shared_level(log_sigma).unsqueeze(-1)
+    angle = level * (torch.arange(1, 9, device=level.device) * (math.pi / 20))
+    return torch.cat([level / 10, angle.sin(), angle.cos()], -1)
 
 
 class MLP(nn.Module):
@@ -72,7 +88,6 @@ class MLP(nn.Module):
     """
 
     projection: Tensor
-    harmonics: Tensor
     context_loc: Tensor
     context_scale: Tensor
 
@@ -109,15 +124,14 @@ class MLP(nn.Module):
         projection[:dim] *= bandwidth
         projection[dim:] *= context_bandwidth
         self.register_buffer("projection", projection * math.sqrt(2 / (1 + inputs)))
-        self.register_buffer("harmonics", torch.arange(1, 9) * (math.pi / 20))
         if context_dim:
             self.register_buffer("context_loc", torch.zeros(context_dim))
             self.register_buffer("context_scale", torch.ones(context_dim))
-        self.embedding = _linear(17, 32, generator)
-        self.modulation = _linear(32, 2 * depth * width, generator)
+        self.embedding = linear(17, 32, generator)
+        self.modulation = linear(32, 2 * depth * width, generator)
         sizes = [inputs + 2 * frequencies] + [width] * (depth - 1)
-        self.layers = nn.ModuleList(_linear(size, width, generator) for size in sizes)
-        self.output = _linear(width, dim, generator)
+        self.layers = nn.ModuleList(linear(size, width, generator) for size in sizes)
+        self.output = linear(width, dim, generator)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -143,10 +157,7 @@ class MLP(nn.Module):
         given = 0 if context is None else context.shape[-1]
         if given != self.context_dim:
             raise ValueError(f"context must have length {self.context_dim}, got {given}")
-        level = shared_level(log_sigma).unsqueeze(-1)
-        angle = level * self.harmonics
-        embedded = torch.cat([level / 10, angle.sin(), angle.cos()], -1)
-        embedded = nn.functional.silu(self.embedding(embedded))
+        embedded = nn.functional.silu(self.embedding(embedded_level(log_sigma)))
         scales, shifts = self.modulation(embedded).chunk(2, -1)
         if context is not None:
             x = torch.cat([x, (context - self.context_loc) / self.context_scale], -1)
@@ -174,8 +185,14 @@ class MLP(nn.Module):
         self.context_scale.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer with PyTorch's usual initial law, drawn from the given generator."""
+def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """A linear layer with PyTorch's usual initial law, drawn from the given generator.
+
+    Arguments:
+        inputs: Length of an input.
+        outputs: Length of an output.
+        generator: Source of the weights; torch's own if None.
+    """
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     reach = 1 / math.sqrt(inputs)
     nn.init.uniform_(layer.weight, -reach, reach, generator=generator)

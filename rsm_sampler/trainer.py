@@ -53,7 +53,7 @@ from rsm_sampler.transforms import Affine, Bounds
 
 __all__ = ["EnergyDiffusionTrainer", "Progress"]
 
-_KIND, _VERSION = "trainer", 1
+_KIND, _VERSION = "trainer", 2
 _LEAST_BUDGET = 500
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
 
