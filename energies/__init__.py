@@ -23,6 +23,7 @@ from energies.funnel import Funnel
 from energies.gaussian_mixture import GaussianMixture
 from energies.many_well import ManyWell, SymmetricManyWell
 from energies.particles import DoubleWellCluster, LennardJones, ParticleTarget
+from energies.probabilistic import NumPyroEnergy, from_numpyro
 from energies.registry import get, names
 from energies.rings import Rings
 from energies.student_t import StudentT
@@ -40,6 +41,7 @@ __all__ = [
     "LennardJones",
     "LogProbEnergy",
     "ManyWell",
+    "NumPyroEnergy",
     "NumpyEnergy",
     "ParticleTarget",
     "Rings",
@@ -51,6 +53,7 @@ __all__ = [
     "from_distribution",
     "from_log_prob",
     "from_numpy",
+    "from_numpyro",
     "get",
     "names",
 ]

@@ -8,7 +8,7 @@ asks for it.
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,6 +73,63 @@ class WeightedDraws:
         """Resample n draws by weight, to be reported apart from raw ones."""
         cumulative = cumulative_weight(self.x, self.log_weight)
         return self.x[stratified_indices(cumulative, n, generator)]
+
+    def to_arviz(
+        self,
+        variables: Callable[[Tensor], Mapping[str, Tensor]] | Sequence[str] | None = None,
+        *,
+        resampled: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:  # noqa: ANN401
+        """The draws as ArviZ's InferenceData, for its tables and plots.
+
+        ArviZ takes all draws for equally likely. So either ask for resampled ones, or use the
+        log-weights, which stand in ``sample_stats.log_weight``. The draws are independent: one
+        chain, whose effective sample sizes are those of independent draws, whatever the weights.
+
+        Arguments:
+            variables: What turns points (n, dim) into named values (n, ...), such as the
+                ``constrain`` of :func:`energies.from_numpyro`; or a name for each coordinate. One
+                variable ``x`` if None.
+            resampled: Number of draws to resample by weight; None for the draws as they are.
+            generator: Source of randomness of resampling.
+
+        Raises:
+            ImportError: Without ArviZ.
+            ValueError: If the names are not one for each coordinate, or the resampled draws are
+                not wanted in a positive number.
+        """
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError(
+                "to_arviz needs arviz: pip install 'rsm-sampler[arviz]'", name="arviz"
+            ) from error
+        index = torch.arange(len(self.x), device=self.x.device)
+        if resampled is not None:
+            if resampled < 1:
+                raise ValueError(f"resampled must be at least 1, got {resampled}")
+            cumulative = cumulative_weight(self.x, self.log_weight)
+            index = stratified_indices(cumulative, resampled, generator)
+        x, lp = self.x[index], -self.energy[index]
+        if variables is None:
+            named: Mapping[str, Tensor] = {"x": x}
+        elif callable(variables):
+            named = variables(x)
+        else:
+            if len(variables) != x.shape[-1]:
+                raise ValueError(
+                    f"variables must be {x.shape[-1]} names, got {len(variables)}: {variables}"
+                )
+            named = dict(zip(variables, x.unbind(-1), strict=True))
+        stats = {"lp": lp}
+        if resampled is None:
+            stats["log_weight"] = self.log_weight[index]
+        return arviz.from_dict(posterior=_one_chain(named), sample_stats=_one_chain(stats))
+
+
+def _one_chain(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: value.detach().cpu().numpy()[None] for name, value in values.items()}
 
 
 @dataclass
