@@ -59,6 +59,7 @@ class ParticleTarget(Target):
 
     Attributes:
         coordinates: Orthonormal coordinates of the subspace where the law lives.
+        particles: Both numbers; a trainer that is given the energy knows its symmetries by them.
 
     Raises:
         ValueError: If a number is out of range.
@@ -76,6 +77,7 @@ class ParticleTarget(Target):
     ) -> None:
         self.coordinates = MeanFree(num_particles, space_dim)
         self.num_particles, self.space_dim, self.tether = num_particles, space_dim, tether
+        self.particles = (num_particles, space_dim)
         high = torch.full((num_particles * space_dim,), float(reach), dtype=torch.float64)
         super().__init__(
             dim=num_particles * space_dim, name=name, extent=(-high, high), log_z=log_z

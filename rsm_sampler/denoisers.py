@@ -23,13 +23,14 @@ The same D gives, by Tweedie's formula,
 
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rsm_sampler.networks import shared_level
+from rsm_sampler.equivariant import EGNN
+from rsm_sampler.networks import MLP, shared_level
 from rsm_sampler.transitions import sigma_column
 
 __all__ = ["Denoiser", "DenoiserFunction", "Prediction"]
@@ -86,6 +87,20 @@ class Denoiser(nn.Module):
         self.network = network
         self.sigma_data = sigma_data
         self.prediction = prediction
+
+    @classmethod
+    def build(
+        cls, architecture: dict[str, Any], generator: torch.Generator | None = None
+    ) -> "Denoiser":
+        """A denoiser whose network is described by plain values, as checkpoints hold them.
+
+        Arguments:
+            architecture: Arguments of :class:`~rsm_sampler.networks.MLP`, or of
+                :class:`~rsm_sampler.equivariant.EGNN` where ``num_particles`` is among them.
+            generator: Source of the initial weights, on the CPU.
+        """
+        kind = EGNN if "num_particles" in architecture else MLP
+        return cls(kind(**architecture, generator=generator))
 
     def coefficients(
         self, sigma: Float[Tensor, "*batch"]

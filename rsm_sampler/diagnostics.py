@@ -39,7 +39,7 @@ from torch import Tensor
 
 from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.mcmc import refine
-from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.transforms import Affine, Coordinates
 from rsm_sampler.witness import MASS_TOLERANCE, SIGNIFICANT, Witness, find_witness
 
 __all__ = ["Diagnosis", "Examinable", "diagnose", "pareto_shape"]
@@ -67,7 +67,7 @@ class _Draws(Protocol):
 class Examinable(Protocol):
     """What can be examined, such as an :class:`~rsm_sampler.energy_sampler.EnergySampler`."""
 
-    bounds: Bounds
+    coordinates: Coordinates
     affine: Affine
     search: dict[str, Any]
     draw_context: Callable[..., Tensor] | None
@@ -316,11 +316,11 @@ class _Examination:
     # The exact chain and the witness work in coordinates z, where the target has width one.
 
     def _to_z(self, x: Tensor) -> Tensor:
-        u = self.sampler.bounds.inverse(x.double())
+        u = self.sampler.coordinates.inverse(x.double())
         return self.sampler.affine.inverse(u).nan_to_num(0.0)
 
     def _energy_of_z(self, z: Tensor, purpose: str) -> Tensor:
-        x, log_det = self.sampler.bounds.forward(self.sampler.affine.forward(z))
+        x, log_det = self.sampler.coordinates.forward(self.sampler.affine.forward(z))
         context = None
         if self.context is not None:
             row = torch.as_tensor(self.context, dtype=torch.float32, device=z.device)

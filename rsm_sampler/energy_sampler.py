@@ -24,11 +24,10 @@ from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.flows import DDIM, Heun
 from rsm_sampler.mcmc import RefineResult, refine
-from rsm_sampler.networks import MLP
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.samplers import Langevin, Sampler
 from rsm_sampler.schedules import EDM
-from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.transforms import Affine, Coordinates, coordinates_of
 
 __all__ = ["EnergySampler", "WeightedDraws"]
 
@@ -139,7 +138,7 @@ class EnergySampler:
     Attributes:
         denoiser: The denoiser, in coordinates z.
         affine: From z to unbounded coordinates.
-        bounds: From unbounded to the user's coordinates.
+        coordinates: From unbounded to the user's coordinates.
         schedule: Noise levels, in units of z.
         num_steps: Steps of the default sampler.
         architecture: Arguments of the network, to build it again.
@@ -154,7 +153,7 @@ class EnergySampler:
 
     denoiser: torch.nn.Module
     affine: Affine
-    bounds: Bounds
+    coordinates: Coordinates
     schedule: EDM
     num_steps: int
     architecture: dict[str, Any]
@@ -171,12 +170,12 @@ class EnergySampler:
     @property
     def dim(self) -> int:
         """Length of a point."""
-        return int(self.architecture["dim"])
+        return self.coordinates.dim
 
     @property
     def context_dim(self) -> int | None:
         """Length of a context, None without."""
-        return self.architecture["context_dim"]
+        return self.architecture.get("context_dim")
 
     @property
     def device(self) -> torch.device:
@@ -224,7 +223,7 @@ class EnergySampler:
         if method not in _SAMPLERS:
             raise ValueError(f"method must be one of {sorted(_SAMPLERS)}, got {method!r}")
         sigmas = self.schedule.sigmas(self.num_steps if num_steps is None else num_steps)
-        return _SAMPLERS[method](self.denoiser, sigmas, dim=self.dim)
+        return _SAMPLERS[method](self.denoiser, sigmas, dim=self.coordinates.reduced)
 
     def sample_with_log_prob(
         self,
@@ -258,7 +257,7 @@ class EnergySampler:
         one and its path weights, which cost no derivatives but vary more.
         """
         energy = self._energy(energy)
-        if self.dim <= 16:
+        if self.coordinates.reduced <= 16:
             x, log_prob = self.sample_with_log_prob(n, context=context, generator=generator)
             value = energy(x, self._context(n, context), purpose=purpose)
             return WeightedDraws(x, -value - log_prob, value, log_prob)
@@ -307,7 +306,7 @@ class EnergySampler:
             ValueError: If the sampler has no energy, or an argument is out of range.
         """
         energy, full = self._energy(None).energy, self._context(len(x), context)
-        z = self.affine.inverse(self.bounds.inverse(x.to(self.device)))
+        z = self.affine.inverse(self.coordinates.inverse(x.to(self.device)))
 
         def in_z(points: Tensor) -> Tensor:
             moved, log_det = self._to_x(points)
@@ -341,14 +340,14 @@ class EnergySampler:
         x = x.to(self.device)
         context = self._context(len(x), context)
         like = next(self.denoiser.parameters())
-        u = self.bounds.inverse(x)
+        u = self.coordinates.inverse(x)
         inside = ~u.isnan().any(-1)
         u = torch.where(inside.unsqueeze(-1), u, self.affine.loc.to(u))
         z = self.affine.inverse(u).to(like.dtype)
         flow = self.process("heun", 2 * self.num_steps if num_steps is None else num_steps)
         assert isinstance(flow, Heun)
         log_prob, error = flow.log_prob(z, context=context)
-        log_det = self.bounds.forward(u)[1] + self.affine.log_det
+        log_det = self.coordinates.forward(u)[1] + self.affine.log_det
         log_prob = torch.where(inside, log_prob - log_det, -torch.inf)
         return (log_prob, error) if with_error else log_prob
 
@@ -384,7 +383,7 @@ class EnergySampler:
             "architecture": self.architecture,
             "network": dict(self.denoiser.state_dict()),
             "affine": self.affine.state_dict(),
-            "bounds": self.bounds.state_dict(),
+            "coordinates": self.coordinates.state_dict(),
             "sigma": [self.schedule.sigma_min, self.schedule.sigma_max],
             "num_steps": self.num_steps,
             "seed": self.seed,
@@ -423,13 +422,14 @@ class EnergySampler:
         device: str | torch.device = "cpu",
     ) -> "EnergySampler":
         """The sampler of :meth:`state`."""
-        denoiser = Denoiser(MLP(**state["architecture"], generator=torch.Generator()))
+        denoiser = Denoiser.build(state["architecture"], torch.Generator())
         denoiser.load_state_dict(state["network"])
-        dim, context_dim = state["architecture"]["dim"], state["architecture"]["context_dim"]
+        coordinates = coordinates_of(state["coordinates"])
+        dim, context_dim = coordinates.dim, state["architecture"].get("context_dim")
         return cls(
             denoiser.to(device).requires_grad_(False),
             Affine(**state["affine"]),
-            Bounds(state["bounds"]["low"], state["bounds"]["high"], dim),
+            coordinates,
             EDM(*state["sigma"]),
             state["num_steps"],
             state["architecture"],
@@ -442,7 +442,7 @@ class EnergySampler:
 
     def _to_x(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The point x of z, and log|det dx/dz|."""
-        x, log_det = self.bounds.forward(self.affine.forward(z))
+        x, log_det = self.coordinates.forward(self.affine.forward(z))
         return x, log_det + self.affine.log_det
 
     def _energy(self, energy: MeteredEnergy | None) -> MeteredEnergy:

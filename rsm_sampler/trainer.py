@@ -49,7 +49,7 @@ from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.schedules import EDM
 from rsm_sampler.search import search
 from rsm_sampler.trainer_config import TrainerConfig
-from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
 __all__ = ["EnergyDiffusionTrainer", "Progress"]
 
@@ -89,6 +89,10 @@ class EnergyDiffusionTrainer:
         context_dim: Length of a context, for a conditional energy.
         context: Draws contexts for training, ``(n, generator) -> (n, context_dim)``.
         bounds: ``(low, high)``, numbers or one for each coordinate, infinite where there is none.
+        particles: ``(n, s)`` for an energy of n equal particles in s dimensions that does not
+            change when they are moved, turned or mirrored together, or renumbered: the law on
+            centred configurations is learned by an equivariant network, and draws are centred. By
+            default the energy's own attribute ``particles``, if it has one.
         seed: Decides every random number.
         device: ``"auto"`` takes a GPU where there is one.
         budget: Most energy evaluations of ``fit``, search included; None for the config's.
@@ -126,6 +130,7 @@ class EnergyDiffusionTrainer:
         context_dim: int | None = None,
         context: Callable[..., Tensor] | None = None,
         bounds: tuple[Any, Any] | None = None,
+        particles: tuple[int, int] | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
         budget: int | None = None,
@@ -165,13 +170,25 @@ class EnergyDiffusionTrainer:
         self.contexts = (
             None if context is None else Contexts(context, context_dim or 0, self.device)
         )
+        particles = getattr(energy, "particles", None) if particles is None else particles
+        if particles is not None:
+            unfit = {"bounds": bounds, "context": context, "centre": centre, "proposal": proposal}
+            for name, value in unfit.items():
+                if value is not None:
+                    raise ValueError(f"{name} must be None for particles, got {value}")
+            if particles[0] * particles[1] != dim:
+                raise ValueError(f"particles must have n s equal to dim {dim}, got {particles}")
         low, high = (-math.inf, math.inf) if bounds is None else bounds
-        self.bounds = Bounds(low, high, dim)
+        self.coordinates: Coordinates = (
+            Bounds(low, high, dim) if particles is None else MeanFree(*particles)
+        )
         if target not in get_args(TargetForm):
             raise ValueError(f"target must be one of {get_args(TargetForm)}, got {target!r}")
         self.loss, self.proposal, self.target = loss, proposal, target
         self.kernel = kernel or GaussianReferenceKernel(
-            torch.zeros(dim, device=self.device), self.config.reference_scale, antithetic=True
+            torch.zeros(self.coordinates.reduced, device=self.device),
+            self.config.reference_scale,
+            antithetic=True,
         )
         self.centre = None if centre is None else torch.as_tensor(centre, dtype=torch.float64)
         if self.centre is not None and self.centre.shape != (dim,):
@@ -181,7 +198,7 @@ class EnergyDiffusionTrainer:
         if samples is not None and (samples.dim() != 2 or samples.shape[-1] != dim):
             raise ValueError(f"samples must have shape (n, {dim}), got {tuple(samples.shape)}")
         if samples is not None:
-            bad = ~self.bounds.inverse(samples).isfinite().all(-1)
+            bad = ~self.coordinates.inverse(samples).isfinite().all(-1)
             if len(samples) < 2 or bool(bad.any()):
                 raise ValueError(
                     "samples must be at least two finite points within the bounds, got "
@@ -190,25 +207,18 @@ class EnergyDiffusionTrainer:
 
         self.generator = torch.Generator(self.device).manual_seed(seed)
         weights = torch.Generator().manual_seed(seed)
-        self.architecture: dict[str, Any] = {
-            "dim": dim,
-            "context_dim": context_dim,
-            "width": self.config.width,
-            "depth": self.config.depth,
-            "frequencies": self.config.frequencies,
-            "bandwidth": self.config.bandwidth,
-        }
+        self.architecture = self._architecture(particles)
         if warm_start is not None and warm_start.architecture != self.architecture:
             raise ValueError(
                 f"warm_start must have this trainer's architecture {self.architecture}, got "
                 f"{warm_start.architecture}"
             )
-        self.denoiser = Denoiser(MLP(**self.architecture, generator=weights)).to(self.device)
-        self.average = Denoiser(MLP(**self.architecture, generator=weights)).to(self.device)
+        self.denoiser = Denoiser.build(self.architecture, weights).to(self.device)
+        self.average = Denoiser.build(self.architecture, weights).to(self.device)
         self._warm = warm_start is not None
         if warm_start is not None:
             self.denoiser.load_state_dict(warm_start.denoiser.state_dict())
-            if self.centre is None:
+            if self.centre is None and particles is None:
                 self.centre = warm_start.affine.loc.double().cpu()
                 diagonal = warm_start.affine.scale_tril.diagonal().double()
                 self.scale = float(diagonal.log().mean().exp()) if scale is None else scale
@@ -217,12 +227,31 @@ class EnergyDiffusionTrainer:
         self.optimiser = torch.optim.Adam(
             self.denoiser.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99)
         )
-        self.affine = Affine.identity(dim)
+        self.affine = Affine.identity(self.coordinates.reduced)
         self.bank: Bank | None = None
         self.history: list[dict[str, float]] = []
         self.step = self.step_in_cycle = self.cycle = 0
         self.seconds = 0.0
         self._levels = self.config.noise_levels().to(self.device)
+
+    def _architecture(self, particles: tuple[int, int] | None) -> dict[str, Any]:
+        """What describes the network: plain values."""
+        config = self.config
+        if particles is not None:
+            return {
+                "num_particles": particles[0],
+                "space_dim": particles[1],
+                "width": config.width or 64,
+                "depth": config.depth or 4,
+            }
+        return {
+            "dim": self.dim,
+            "context_dim": self.context_dim,
+            "width": config.width or 128,
+            "depth": config.depth or 3,
+            "frequencies": config.frequencies,
+            "bandwidth": config.bandwidth,
+        }
 
     @property
     def evaluations(self) -> int:
@@ -339,7 +368,7 @@ class EnergyDiffusionTrainer:
         return EnergySampler(
             copy.deepcopy(self.average),
             self.affine,
-            self.bounds,
+            self.coordinates,
             EDM(self.config.sigma_min, self.config.sigma_max),
             self.config.num_steps,
             self.architecture,
@@ -363,7 +392,7 @@ class EnergyDiffusionTrainer:
 
     def _search(self, bar: tqdm) -> None:
         if self.samples is not None:
-            bank = Bank.of_samples(self.bounds.inverse(self.samples.to(self.device).double()))
+            bank = Bank.of_samples(self.coordinates.inverse(self.samples.to(self.device).double()))
         else:
             reserve = self.config.max_cycles * self._check_size()
             search_size, bank_size = self.config.search_evaluations, self.config.bank_size
@@ -377,7 +406,7 @@ class EnergyDiffusionTrainer:
             rows = min(self.config.bank_contexts, max(1, bank_size // 128))
             bank = search(
                 self._unbounded_energy,
-                self.dim,
+                self.coordinates.reduced,
                 evaluations=search_size,
                 bank_size=bank_size,
                 generator=self.generator,
@@ -398,9 +427,11 @@ class EnergyDiffusionTrainer:
     def _adopt(self, bank: Bank) -> None:
         self.bank = bank
         self.affine = Affine(bank.loc, bank.scale_tril)
+        if isinstance(self.coordinates, MeanFree):  # what has no direction keeps none
+            self.affine = self.affine.isotropic()
         points = self.affine.inverse(bank.points).float()
         columns = points.shape[1]
-        self._points = points.reshape(-1, self.dim)
+        self._points = points.reshape(-1, points.shape[-1])
         normalised = bank.log_weight - torch.logsumexp(bank.log_weight, -1, keepdim=True)
         self._cumulative = cumulative_weight(self._points, normalised.reshape(-1))
         self._rows = columns
@@ -423,7 +454,7 @@ class EnergyDiffusionTrainer:
 
     def _unbounded_energy(self, u: Tensor, context: Tensor | None) -> Tensor:
         """Energy of unbounded coordinates, counted as search."""
-        x, log_det = self.bounds.forward(u)
+        x, log_det = self.coordinates.forward(u)
         value = self.energy(
             x.float(), None if context is None else context.float(), purpose="search"
         )
@@ -529,7 +560,7 @@ class EnergyDiffusionTrainer:
         ).mean()
 
     def _standard_energy(self, z: Tensor) -> Tensor:
-        x, log_det = self.bounds.forward(self.affine.forward(z))
+        x, log_det = self.coordinates.forward(self.affine.forward(z))
         return self.energy(x, purpose="training") - log_det
 
     # ------------------------------------------------------------------ checks
@@ -590,7 +621,7 @@ class EnergyDiffusionTrainer:
             "seed": self.seed,
             "loss": self.loss,
             "target": self.target,
-            "bounds": self.bounds.state_dict(),
+            "coordinates": self.coordinates.state_dict(),
             "counts": dict(self.energy.counts),
             "budget": self.energy.budget,
             "bank": None if self.bank is None else self.bank.state(),
@@ -617,9 +648,9 @@ class EnergyDiffusionTrainer:
             "seed": self.seed,
             "loss": self.loss,
             "target": self.target,
-            "bounds": _numbers(self.bounds.state_dict()),
+            "coordinates": _numbers(self.coordinates.state_dict()),
         }
-        theirs = {**state, "bounds": _numbers(state["bounds"])}
+        theirs = {**state, "coordinates": _numbers(state["coordinates"])}
         for key, value in mine.items():
             if theirs[key] != value:
                 raise checkpoint.CheckpointError(

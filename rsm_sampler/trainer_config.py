@@ -32,8 +32,8 @@ class TrainerConfig:
         sigma_min: Lowest noise level, in units of the target's width.
         sigma_max: Highest noise level, in the same units.
         num_steps: Noise levels of the sampler.
-        width: Units per hidden layer.
-        depth: Hidden layers.
+        width: Units per hidden layer; 128, and 64 for particles, if None.
+        depth: Hidden layers; 3, and 4 rounds of messages for particles, if None.
         frequencies: Fourier features.
         bandwidth: Their bandwidth.
         num_draws: K of loss (14).
@@ -54,8 +54,8 @@ class TrainerConfig:
     sigma_min: float = 0.004
     sigma_max: float = 20.0
     num_steps: int = 40
-    width: int = 128
-    depth: int = 3
+    width: int | None = None
+    depth: int | None = None
     frequencies: int = 32
     bandwidth: float = 2.0
     num_draws: int = 128
@@ -76,8 +76,9 @@ class TrainerConfig:
             "depth",
             "num_draws",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("learning_rate", "sigma_min", "reference_scale", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

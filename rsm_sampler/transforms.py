@@ -20,6 +20,9 @@ none              :math:`u`                        1
 A density follows its coordinates: :math:`E_u(u) = E(b(u)) - \sum_i \log b'(u_i)`, and
 :math:`\log p(x) = \log p(z) - \log|\det L| - \sum_i \log b'(u_i)`.
 
+For particles that only feel each other :math:`x = b(u)` is an isometry from fewer coordinates
+instead, :class:`MeanFree`.
+
 Points stay strictly inside: where rounding would put x on a bound (there are few numbers between
 1 and 1 + 1e-7, and an energy may well be infinite at the bound itself) it becomes the last number
 before it.
@@ -27,13 +30,49 @@ before it.
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["Affine", "Bounds", "MeanFree"]
+__all__ = ["Affine", "Bounds", "Coordinates", "MeanFree", "coordinates_of"]
+
+
+class Coordinates(Protocol):
+    """What stands between unconstrained coordinates u and the user's points x.
+
+    Attributes:
+        dim: Length of a point x.
+        reduced: Length of u.
+    """
+
+    dim: int
+    reduced: int
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The point, and the logarithm of the volume it takes."""
+        ...
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """The coordinates of a point, NaN where it has none."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors from which :func:`coordinates_of` makes the same again."""
+        ...
+
+
+def coordinates_of(state: dict[str, Tensor]) -> "Bounds | MeanFree":
+    """The coordinates whose ``state_dict`` this is.
+
+    Arguments:
+        state: Tensors.
+    """
+    if "particles" in state:
+        return MeanFree(*state["particles"].tolist())
+    return Bounds(state["low"], state["high"], len(state["low"]))
 
 
 class Bounds:
@@ -67,6 +106,7 @@ class Bounds:
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
+        self.dim = self.reduced = dim
         self.low, self.high = _bound("low", low, dim), _bound("high", high, dim)
         if not bool((self.low < self.high).all()):
             raise ValueError(
@@ -127,7 +167,7 @@ class Bounds:
         return torch.where(at.bounded, torch.where(inside, u, torch.nan), x)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that make the same bounds again: ``Bounds(**state, dim=len(low))``."""
+        """Tensors that make the same bounds again."""
         return {"low": self.low, "high": self.high}
 
     def _limits(self, like: Tensor) -> "_Limits":
@@ -180,7 +220,7 @@ class MeanFree:
 
     Attributes:
         reduced: Number :math:`(n - 1) s` of coordinates u.
-        full: Number :math:`n s` of coordinates x.
+        dim: Number :math:`n s` of coordinates x.
 
     Raises:
         ValueError: If a number is out of range.
@@ -196,7 +236,7 @@ class MeanFree:
         if space_dim < 1:
             raise ValueError(f"space_dim must be at least 1, got {space_dim}")
         self.num_particles, self.space_dim = num_particles, space_dim
-        self.reduced, self.full = (num_particles - 1) * space_dim, num_particles * space_dim
+        self.reduced, self.dim = (num_particles - 1) * space_dim, num_particles * space_dim
         k = torch.arange(1, num_particles, dtype=torch.float64).unsqueeze(-1)
         column = torch.arange(num_particles, dtype=torch.float64)
         rows = torch.where(column < k, 1.0, torch.where(column == k, -k, 0.0))
@@ -205,20 +245,24 @@ class MeanFree:
 
     def forward(
         self, u: Float[Tensor, "*batch reduced"]
-    ) -> tuple[Float[Tensor, "*batch full"], Float[Tensor, "*batch"]]:
+    ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch"]]:
         """Particles around their centre of mass, and the logarithm of the volume, which is 0."""
         points = u.unflatten(-1, (self.num_particles - 1, self.space_dim))
         return (self._basis(u).mT @ points).flatten(-2), torch.zeros_like(u[..., 0])
 
-    def inverse(self, x: Float[Tensor, "*batch full"]) -> Float[Tensor, "*batch reduced"]:
+    def inverse(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch reduced"]:
         """The coordinates of particles, wherever their centre of mass is."""
         points = x.unflatten(-1, (self.num_particles, self.space_dim))
         return (self._basis(x) @ points).flatten(-2)
 
-    def centred(self, x: Float[Tensor, "*batch full"]) -> Float[Tensor, "*batch full"]:
+    def centred(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """The particles moved together, so that their centre of mass is the origin."""
         points = x.unflatten(-1, (self.num_particles, self.space_dim))
         return (points - points.mean(-2, keepdim=True)).flatten(-2)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The two numbers that make the same coordinates again."""
+        return {"particles": torch.tensor([self.num_particles, self.space_dim])}
 
     def _basis(self, like: Tensor) -> Tensor:
         key = (like.dtype, like.device)
@@ -277,6 +321,12 @@ class Affine:
             The map with m = 0 and L = 1.
         """
         return cls(torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64))
+
+    def isotropic(self) -> "Affine":
+        """The map about the origin that stretches all directions alike, by the same width."""
+        spread = self.scale_tril.square().sum() + self.loc.square().sum()
+        width = (spread / len(self.loc)).sqrt()
+        return Affine(torch.zeros_like(self.loc), width * torch.eye(len(self.loc)).to(self.loc))
 
     def forward(self, z: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """The point u of z, with z's shape, precision and device."""

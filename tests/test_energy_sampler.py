@@ -138,7 +138,7 @@ def test_log_prob_agrees_with_the_density_of_the_draws(bounds):
     target = two_modes()
     sampler = exact_sampler(target, num_steps=64)
     if bounds is not None:
-        sampler.bounds = bounds
+        sampler.coordinates = bounds
         sampler.affine = Affine(torch.zeros(2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE))
     x, log_prob = sampler.sample_with_log_prob(300, generator=rng())
     again, error = sampler.log_prob(x, with_error=True)
@@ -171,8 +171,8 @@ def test_outside_of_the_bounds_there_is_no_density():
 def test_draws_lie_within_the_bounds(bounds):
     sampler = untrained(bounds=bounds)
     x = sampler.sample(2000, generator=rng())
-    assert (x >= sampler.bounds.low.float()).all()
-    assert (x <= sampler.bounds.high.float()).all()
+    assert (x >= sampler.coordinates.low.float()).all()
+    assert (x <= sampler.coordinates.high.float()).all()
 
 
 # Weights

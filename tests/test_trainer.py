@@ -12,6 +12,7 @@ from rsm_sampler import (
     CheckpointError,
     EnergyDiffusionTrainer,
     EnergyError,
+    EnergySampler,
     MemoryLogger,
     TrainerConfig,
 )
@@ -589,3 +590,93 @@ def test_noise_levels_and_the_wanted_ess_must_make_sense():
     for value in (0.0, 1.5, math.nan):
         with pytest.raises(ValueError, match=r"target_ess must be in \(0, 1\], got"):
             TrainerConfig(target_ess=value)
+
+
+# -- particles ------------------------------------------------------------------------------------
+
+
+def trio(x):
+    """Three particles on springs of length 1 in the plane."""
+    points = x.unflatten(-1, (3, 2))
+    gap = points[..., [0, 0, 1], :] - points[..., [1, 2, 2], :]
+    distance = (gap.square().sum(-1) + 1e-12).sqrt()
+    return 4 * (distance - 1).square().sum(-1)
+
+
+def particle_trainer(**options):
+    config = tiny(max_cycles=1, width=16, depth=2)
+    return EnergyDiffusionTrainer(trio, 6, particles=(3, 2), config=config, seed=3, **options)
+
+
+def test_particles_are_learned_on_centred_configurations(tmp_path):
+    """Draws are centred, distances come out, and the density does not feel symmetries."""
+    sizes = {"width": 24, "depth": 2, "batch_size": 256, "check_draws": 512}
+    config = TrainerConfig(
+        steps_per_cycle=500, max_cycles=1, search_evaluations=20_000, bank_size=40_000, **sizes
+    )
+    trainer = EnergyDiffusionTrainer(trio, 6, particles=(3, 2), config=config, seed=3)
+    sampler = trainer.fit(progress=False)
+    assert sampler.dim == 6
+    x = sampler.sample(2000)
+    points = x.unflatten(-1, (3, 2))
+    torch.testing.assert_close(points.mean(1), torch.zeros(2000, 2), atol=1e-5, rtol=0)
+    exact = trainer.bank.points[0]
+    weight = torch.softmax(trainer.bank.log_weight[0], 0)
+    energy = trio(trainer.coordinates.forward(exact)[0])
+    mean = float((weight * energy).sum())
+    assert abs(float(trio(x).mean()) - mean) < 0.15  # of about 1.5; 2,000 draws: 0.03
+    assert trainer.history[-1]["ess"] > 0.7
+    # log Z on the subspace: three lengths near 1 fix a triangle, which turns freely
+    assert abs(trainer.history[-1]["log_z"] - trainer.bank.log_z) < 0.2
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    moved = (points[:50] @ turn)[:, [2, 0, 1]].flatten(1) + 5.0
+    torch.testing.assert_close(
+        sampler.log_prob(moved), sampler.log_prob(x[:50]), atol=2e-3, rtol=1e-3
+    )
+    sampler.save(tmp_path / "sampler.pt")
+    again = EnergySampler.load(tmp_path / "sampler.pt", energy=trio)
+    torch.testing.assert_close(
+        again.sample(5, generator=torch.Generator().manual_seed(1)),
+        sampler.sample(5, generator=torch.Generator().manual_seed(1)),
+    )
+    refined = again.refine(x[:64], steps=3)
+    torch.testing.assert_close(
+        refined.x.unflatten(-1, (3, 2)).mean(1), torch.zeros(64, 2), atol=1e-5, rtol=0
+    )
+
+
+def test_an_energy_may_know_its_particles_itself():
+    class Known:
+        particles = (3, 2)
+
+        def __call__(self, x):
+            return trio(x)
+
+    trainer = EnergyDiffusionTrainer(Known(), 6, config=tiny())
+    assert trainer.coordinates.reduced == 4
+    assert trainer.architecture["num_particles"] == 3
+
+
+def test_a_run_of_particles_resumes_to_the_same_numbers(tmp_path):
+    whole = particle_trainer().fit(progress=False)
+    path = tmp_path / "run.pt"
+    first = particle_trainer()
+    first.fit(progress=False, checkpoint_path=path, callback=lambda p: True)
+    second = particle_trainer()
+    resumed = second.fit(progress=False, checkpoint_path=path)
+    for one, other in zip(whole.denoiser.parameters(), resumed.denoiser.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"particles": (4, 2)}, r"particles must have n s equal to dim 6, got \(4, 2\)"),
+        ({"particles": (6, 1), "bounds": (0.0, 1.0)}, "bounds must be None for particles"),
+        ({"particles": (3, 2), "centre": [0.0] * 6}, "centre must be None for particles"),
+        ({"particles": (1, 6)}, "num_particles must be at least 2, got 1"),
+    ],
+)
+def test_what_does_not_go_with_particles_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EnergyDiffusionTrainer(trio, 6, config=tiny(), **options)
