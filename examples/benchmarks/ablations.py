@@ -91,10 +91,10 @@ EXPERIMENTS = {
         "How many steps T does the chain need?",
         (
             DPMD,
-            Variant("dpmd", "T=5", {"num_steps": 5}),
+            Variant("dpmd", "T=10", {"num_steps": 10}),
             Variant("dpmd", "T=20", {"num_steps": 20}),
             SDAC,
-            Variant("sdac", "T=5", {"num_steps": 5}),
+            Variant("sdac", "T=10", {"num_steps": 10}),
             Variant("sdac", "T=20", {"num_steps": 20}),
         ),
     ),
@@ -109,6 +109,17 @@ EXPERIMENTS = {
             Variant("dpmd", "plain", {"critic_layer_norm": False}),
             SDAC,
             Variant("sdac", "plain", {"critic_layer_norm": False}),
+        ),
+    ),
+    "rates": Experiment(
+        "Critics at the usual learning rate of 3e-4, slow copies at the usual rate of 0.005?",
+        (
+            DPMD,
+            Variant("dpmd", "critic_lr=3e-4", {"critic_lr": 3e-4}),
+            Variant("dpmd", "polyak=0.005", {"polyak": 0.005}),
+            Variant("dpmd", "both", {"critic_lr": 3e-4, "polyak": 0.005}),
+            SDAC,
+            Variant("sdac", "both", {"critic_lr": 3e-4, "polyak": 0.005}),
         ),
     ),
     "target": Experiment(

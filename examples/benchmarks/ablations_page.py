@@ -113,7 +113,7 @@ def main() -> None:
 Written by `python examples/benchmarks/ablations_page.py` from `docs/results/ablations.json`, which
 `python examples/benchmarks/ablations.py --threads 1` measures: {TASK.steps:,} steps of {CHEETAH}
 ({ANT} where it says so), one environment, one update per step, 5,000 of the steps with random
-actions, networks of two layers of 128, T = 10. Only what the column "change" says differs from
+actions, networks of two layers of 128, T = 5. Only what the column "change" says differs from
 the first row of an agent.
 
 "Second half" is the mean of a run's evaluations after {TASK.steps // 2:,} steps (20 episodes each,

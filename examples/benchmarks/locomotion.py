@@ -34,8 +34,10 @@ SHORT: dict[str, Any] = {
     "updates_per_step": 1.0,
     "depth": 2,
     "critic_layer_norm": True,
+    "critic_lr": 1e-3,
+    "polyak": 0.02,
 }
-CHAIN: dict[str, Any] = {"num_steps": 10}
+CHAIN: dict[str, Any] = {"num_steps": 5}
 SIZES: dict[str, dict[str, Any]] = {
     "sac": {**SHORT},
     "dpmd": {**SHORT, **CHAIN, "policy_states": 32},
