@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["BudgetExceededError", "Energy", "EnergyError", "MeteredEnergy"]
+__all__ = ["BudgetExceededError", "Energy", "EnergyError", "MeteredEnergy", "well_formed"]
 
 
 class Energy(Protocol):
@@ -164,7 +164,7 @@ class MeteredEnergy:
         points, *rest = self._admitted(x.detach(), context, 2, purpose)
         with torch.enable_grad():
             points = points.clone().requires_grad_()
-            value = self._well_formed(self.energy(points, *rest), points)
+            value = well_formed(self.energy(points, *rest), points)
             if not value.requires_grad:
                 raise EnergyError(
                     "energy must be differentiable by autograd where gradients are used, got "
@@ -230,25 +230,9 @@ class MeteredEnergy:
         points = x.reshape(-1, self.dim)
         return (points,) if context is None else (points, context.reshape(-1, context.shape[-1]))
 
-    def _well_formed(self, value: Tensor, points: Tensor) -> Tensor:
-        if not isinstance(value, Tensor):
-            raise EnergyError(
-                f"energy must return a torch tensor, got {type(value).__name__}; wrap NumPy "
-                "functions with energies.from_numpy"
-            )
-        shape = (points.shape[:-1].numel(),)
-        if value.shape != shape:
-            raise EnergyError(
-                f"energy must return one value per point, shape {shape} for points of shape "
-                f"{(*shape, self.dim)}, got {tuple(value.shape)}"
-            )
-        if not value.is_floating_point():
-            raise EnergyError(f"energy must return floating-point values, got {value.dtype}")
-        return value
-
     def _examined(self, value: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The values in the precision and on the device of x, and which are NaN or -inf."""
-        value = self._well_formed(value, x).to(x)
+        value = well_formed(value, x).to(x)
         plain = value.detach()
         nan, minus = plain.isnan(), plain.isneginf()
         tally = torch.stack([nan.sum(), plain.isposinf().sum(), minus.sum()])
@@ -259,6 +243,32 @@ class MeteredEnergy:
 
     def _read_tally(self) -> list[int]:
         return [0, 0, 0] if self._tally is None else self._tally.tolist()
+
+
+def well_formed(value: Tensor, points: Float[Tensor, "*batch dim"]) -> Float[Tensor, " n"]:
+    """What an energy returned, if it is one number for each point.
+
+    Arguments:
+        value: What it returned.
+        points: What it was given, n points in all.
+
+    Raises:
+        EnergyError: If it is another shape, or no floating-point tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise EnergyError(
+            f"energy must return a torch tensor, got {type(value).__name__}; wrap NumPy "
+            "functions with energies.from_numpy"
+        )
+    shape = (points.shape[:-1].numel(),)
+    if value.shape != shape:
+        raise EnergyError(
+            f"energy must return one value per point, shape {shape} for points of shape "
+            f"{(*shape, points.shape[-1])}, got {tuple(value.shape)}"
+        )
+    if not value.is_floating_point():
+        raise EnergyError(f"energy must return floating-point values, got {value.dtype}")
+    return value
 
 
 def _short(values: list[float]) -> str:

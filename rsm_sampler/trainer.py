@@ -36,6 +36,7 @@ from rsm_sampler import checkpoint
 from rsm_sampler.bank import Bank
 from rsm_sampler.contexts import Contexts
 from rsm_sampler.denoisers import Denoiser
+from rsm_sampler.distributed import Team
 from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.estimators import TargetForm
@@ -162,11 +163,15 @@ class EnergyDiffusionTrainer:
             raise ValueError(f"budget must be at least {_LEAST_BUDGET} evaluations, got {budget}")
         if scale is not None and not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
-        self.energy = MeteredEnergy(energy, dim, context_dim=context_dim, budget=budget)
+        self.team = Team(device)
+        self.device = self.team.device
+        self.energy = MeteredEnergy(
+            self.team.energy(energy), dim, context_dim=context_dim, budget=budget
+        )
+        self._own_energy = energy
         self.config = config or TrainerConfig()
         self.dim, self.context_dim = dim, context_dim
         self.seed = seed
-        self.device = _device(device)
         self.contexts = (
             None if context is None else Contexts(context, context_dim or 0, self.device)
         )
@@ -224,6 +229,7 @@ class EnergyDiffusionTrainer:
                 self.scale = float(diagonal.log().mean().exp()) if scale is None else scale
         self.average.load_state_dict(self.denoiser.state_dict())
         self.average.requires_grad_(False)
+        self._shared = self.team.denoiser(self.denoiser)
         self.optimiser = torch.optim.Adam(
             self.denoiser.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99)
         )
@@ -306,11 +312,13 @@ class EnergyDiffusionTrainer:
         cycles = self.config.max_cycles if max_cycles is None else max_cycles
         bar = tqdm(
             total=0,
-            disable=None if progress is None else not progress,
+            disable=True if not self.team.leads else None if progress is None else not progress,
             unit="step",
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
             "[{elapsed}<{remaining}]{postfix}",
         )
+        if not self.team.leads:
+            logger = None
         started = time.perf_counter() - self.seconds
         try:
             if self.bank is None:
@@ -373,7 +381,7 @@ class EnergyDiffusionTrainer:
             self.config.num_steps,
             self.architecture,
             self.seed,
-            MeteredEnergy(self.energy.energy, self.dim, context_dim=self.context_dim),
+            MeteredEnergy(self._own_energy, self.dim, context_dim=self.context_dim),
             {}
             if bank is None
             else {
@@ -491,7 +499,7 @@ class EnergyDiffusionTrainer:
             try:
                 loss = self._loss()
                 self.optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                (self.team.size * loss).backward()
             except BaseException:
                 self.generator.set_state(drawn)  # the step has not been: a resumed run does it
                 raise
@@ -506,7 +514,7 @@ class EnergyDiffusionTrainer:
                     )
                 total += loss.detach()
                 since += 1
-            if interrupted():
+            if self.team.most(int(interrupted())):
                 raise KeyboardInterrupt
             if self.step % 100 == 0 or self.step_in_cycle == length:
                 mean_loss = float(total) / since
@@ -521,9 +529,24 @@ class EnergyDiffusionTrainer:
                 if logger is not None:
                     logger.log(self.step, loss=mean_loss, evaluations=self.evaluations)
                 state = Progress(self.step, self.cycle, mean_loss, ess, self.evaluations, seconds)
-                if callback is not None and callback(state):
+                if self._called_back(callback, state):
                     return True
         return False
+
+    def _called_back(
+        self, callback: Callable[[Progress], bool | None] | None, state: Progress
+    ) -> bool:
+        """Whether the leader's callback asks to stop; its exceptions end all processes."""
+        code, problem = 0, None
+        if callback is not None and self.team.leads:
+            try:
+                code = int(bool(callback(state)))
+            except Exception as error:
+                code, problem = 2, error
+        code = self.team.most(code)
+        if code == 2:
+            raise problem or RuntimeError("the callback failed in the leading process")
+        return code == 1
 
     def _loss(self) -> Tensor:
         config, generator = self.config, self.generator
@@ -540,7 +563,7 @@ class EnergyDiffusionTrainer:
             sigma = sigma.repeat_interleave(n // levels)
             x_t = self.proposal.draw(n, sigma, generator=generator)
             return reverse_sampling_loss(
-                self.denoiser,
+                self._shared,
                 self._standard_energy,
                 x_t,
                 sigma,
@@ -556,7 +579,7 @@ class EnergyDiffusionTrainer:
         context = None if self._bank_context is None else self._bank_context[index // self._rows]
         x_0, sigma = self._points[index], sigma.unsqueeze(-1)
         return denoising_loss(
-            self.denoiser, x_0, sigma, context=context, generator=generator
+            self._shared, x_0, sigma, context=context, generator=generator
         ).mean()
 
     def _standard_energy(self, z: Tensor) -> Tensor:
@@ -610,7 +633,7 @@ class EnergyDiffusionTrainer:
         checkpoint.save(path, self.state(), kind=_KIND, version=_VERSION)
 
     def _save(self, path: Path | None) -> None:
-        if path is not None and self.bank is not None:
+        if path is not None and self.bank is not None and self.team.leads:
             self.save(path)
 
     def state(self) -> dict[str, Any]:
@@ -680,14 +703,3 @@ def _share(log_weight: Tensor) -> float:
         return 0.0
     weight = torch.softmax(log_weight, 0)
     return float(1 / weight.square().sum()) / len(log_weight)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be available on this machine, got {device!r}") from error
-    return chosen
