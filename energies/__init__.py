@@ -21,6 +21,8 @@ from energies.conditional import ConditionalMixture
 from energies.decay import DecayPosterior, decay_energy
 from energies.funnel import Funnel
 from energies.gaussian_mixture import GaussianMixture
+from energies.hare_lynx import hare_lynx_energy
+from energies.logistic import LogisticRegression
 from energies.many_well import ManyWell, SymmetricManyWell
 from energies.particles import DoubleWellCluster, LennardJones, ParticleTarget
 from energies.probabilistic import NumPyroEnergy, from_numpyro
@@ -40,6 +42,7 @@ __all__ = [
     "GaussianMixture",
     "LennardJones",
     "LogProbEnergy",
+    "LogisticRegression",
     "ManyWell",
     "NumPyroEnergy",
     "NumpyEnergy",
@@ -55,5 +58,6 @@ __all__ = [
     "from_numpy",
     "from_numpyro",
     "get",
+    "hare_lynx_energy",
     "names",
 ]

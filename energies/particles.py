@@ -36,9 +36,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from energies.chains import long_chains
 from energies.quadrature import InverseCDF
 from energies.target import Target
-from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.transforms import MeanFree
 
 __all__ = ["DoubleWellCluster", "LennardJones", "ParticleTarget"]
@@ -141,20 +141,16 @@ class ParticleTarget(Target):
             The samples, float64, chain after chain.
         """
         inside = self.coordinates
-        dim = (self.num_particles - 1) * self.space_dim
-        each = math.ceil(n / chains)
-        steps = burn_in + each * thinning
-        found = run_mcmc(
+        found = long_chains(
             lambda y: self.energy(inside.forward(y)[0]),
             inside.inverse(self.scattered(chains, generator=generator)),
-            method="mala",
-            evaluations=2 * chains * (steps + 1),
-            num_samples=chains * each,
-            warm_up=burn_in / steps,
+            n,
+            burn_in=burn_in,
+            thinning=thinning,
             step_size=0.01,
             generator=generator,
         )
-        return inside.forward(found.chains.transpose(0, 1).reshape(-1, dim)[:n])[0]
+        return inside.forward(found)[0]
 
     def scattered(
         self, n: int, *, spacing: float = 1.3, generator: torch.Generator | None = None

@@ -16,6 +16,7 @@ from energies.conditional import ConditionalMixture
 from energies.decay import DecayPosterior
 from energies.funnel import Funnel
 from energies.gaussian_mixture import GaussianMixture
+from energies.logistic import LogisticRegression
 from energies.many_well import ManyWell, SymmetricManyWell
 from energies.particles import DoubleWellCluster, LennardJones
 from energies.rings import Rings
@@ -42,6 +43,7 @@ def _lj55() -> LennardJones:
 
 
 _TARGETS: dict[str, Callable[..., Any]] = {
+    "breast-cancer": LogisticRegression.breast_cancer,
     "conditional-line": ConditionalMixture.line,
     "conditional-plane": ConditionalMixture.plane,
     "decay": DecayPosterior,

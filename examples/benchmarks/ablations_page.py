@@ -159,12 +159,12 @@ Machine: {machine(some)}; another process used the second core.
 ## Why does SDAC need candidates within the box?
 
 `python examples/benchmarks/clipped_kernel.py --threads 1` (seed 0) takes the critic's place: one
-state, $Q/\\lambda$ the logarithm of a normal law of width 0.3 about 0.2 in every coordinate, on the
-box. The published kernel draws outside of it at most noise levels; cut to the box for $Q$ alone,
-those candidates are its corners, and the regression, on the uncut ones, leads further out. The
-policy ends in a corner, in three dimensions already. In the published agent the best of 32 by the
-critic, at every turn, works against it; the more dimensions, the less it can. Exact is the same
-chain of 20 steps under the exact denoiser.
+state, $Q/\\lambda$ the logarithm of a normal law of width 0.3 about 0.2 in every coordinate, on
+the box. The published kernel draws outside of it at most noise levels. Cut to the box for $Q$
+alone, those candidates are its corners, and the regression, on the uncut ones, leads further out:
+the policy ends in a corner, in three dimensions already. In the published agent the best of 32 by
+the critic, at every turn, works against it; the more dimensions, the less it can. Exact is the
+same chain of 20 steps under the exact denoiser.
 
 {clipped()}
 """
