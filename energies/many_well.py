@@ -166,7 +166,7 @@ class SymmetricManyWell(Target):
     Example:
         >>> target = SymmetricManyWell(50)
         >>> len(target.modes), round(target.log_z, 3)
-        (32, 38.703)
+        (32, 40.811)
     """
 
     def __init__(self, dim: int = 5, *, wells: int = 5, separation: float = 4.0) -> None:
