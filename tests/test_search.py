@@ -368,3 +368,25 @@ def test_equal_centres_have_a_finite_bandwidth():
     law = KernelDensity(centres, torch.full((4,), 0.25, dtype=DOUBLE), broad)
     assert bool((law.tril.diagonal(dim1=-2, dim2=-1) > 0.1).all())
     assert law.log_prob(centres).isfinite().all()
+
+
+def test_an_energy_that_overflows_far_out_is_no_error():
+    """A scale by its logarithm, as probabilistic programs have it: exp(1e7) is infinite."""
+
+    def energy(x):
+        scale = x[:, 0].exp()
+        return 0.5 * x[:, 0].square() + 0.5 * (x[:, 1] / scale).square() + x[:, 0]
+
+    def evaluate(u, context):
+        return metered(u.float()).double()
+
+    metered = MeteredEnergy(lambda x: torch.where(x[:, 0].abs() < 80, energy(x), torch.inf), 2)
+    bank = search(
+        evaluate,
+        2,
+        evaluations=20_000,
+        bank_size=20_000,
+        generator=torch.Generator().manual_seed(0),
+        check=metered.check,
+    )
+    assert abs(bank.log_z - math.log(2 * math.pi)) < 0.1

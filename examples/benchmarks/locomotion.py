@@ -7,9 +7,9 @@ r"""Do the agents learn real tasks, and as fast as SAC? Curves of short runs, th
         --steps 30000 --change truncated=False                   # an ablation, of shorter runs
 
 One environment and one update per step; the configurations stand below. The yardstick is
-stable-baselines3's SAC with its own defaults but 5,000 random steps before the first update, as
-ours have (its default of 100 learned more slowly), so that steps and updates are the same, and
-evaluated in the same way: 20 episodes from fixed seeds, best action. Every evaluation is written to
+stable-baselines3's SAC with its own defaults, but with 5,000 random steps before the first update
+(its default is 100), as ours have: steps and updates are the same. All are evaluated in the same
+way: 20 episodes from fixed seeds, best action. Every evaluation is written to
 docs/results/locomotion.json at once; a run that was interrupted goes on from its folder under
 --runs. Runs with a goal stop after two evaluations in a row that reach it.
 """
