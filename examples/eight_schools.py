@@ -1,29 +1,30 @@
-"""A NumPyro model, sampled by its log-density alone, and looked at with ArviZ.
+"""A NumPyro model, sampled from its log-density alone, and looked at with ArviZ.
 
     pip install 'rsm-sampler[numpyro,arviz]'
     python examples/eight_schools.py            # out/eight_schools.png
 
-Eight schools gave extra coaching; each measured its effect with a known error. How much do the
-effects differ from one another? The spread tau of the effects is barely known, and where it is
-small all effects are one: a funnel, which chains explore slowly. Here the posterior's draws are
-independent, and come with the evidence of the model.
+Eight schools gave extra coaching; each measured its effect with a known error (Rubin, 1981). How
+much do the effects differ? The spread tau of the effects is barely known, and where it is small
+all effects are one: a funnel. So the model speaks of each school's deviation in units of tau, as
+one does for chains too. The draws are independent, and come with the model's evidence.
 """
 
-import argparse
-from pathlib import Path
+import sys
 
 import arviz
 import numpy as np
 import numpyro
-import torch
 from numpyro import distributions as dist
 
-from energies import from_numpyro
-from rsm_sampler import EnergyDiffusionTrainer
+import energies
+from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig
 from rsm_sampler.plotting import new_figure, save_figure
 
-EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])  # Rubin (1981)
+EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+SMOKE = TrainerConfig(
+    search_evaluations=6000, bank_size=4000, steps_per_cycle=50, max_cycles=1, width=16
+)
 
 
 def model(effects: np.ndarray, errors: np.ndarray) -> None:
@@ -31,41 +32,30 @@ def model(effects: np.ndarray, errors: np.ndarray) -> None:
     mean = numpyro.sample("mean", dist.Normal(0, 5))
     tau = numpyro.sample("tau", dist.HalfCauchy(5))
     with numpyro.plate("schools", len(effects)):
-        effect = numpyro.sample("effect", dist.Normal(mean, tau))
+        deviation = numpyro.sample("deviation", dist.Normal(0, 1))
+        effect = numpyro.deterministic("effect", mean + tau * deviation)
         numpyro.sample("measured", dist.Normal(effect, errors), obs=effects)
 
 
-def main() -> None:
-    """Fit, diagnose, export, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    energy = from_numpyro(model, EFFECTS, ERRORS)
-    sampler = EnergyDiffusionTrainer(energy, energy.dim, seed=0).fit()
-    print(sampler.diagnose())
-    data = sampler.weighted_draws(8192).to_arviz(energy.constrain, resampled=4000)
-    print(arviz.summary(data, kind="stats"))
+smoke = "--smoke" in sys.argv
+energy = energies.from_numpyro(model, EFFECTS, ERRORS)
+trainer = EnergyDiffusionTrainer(energy, energy.dim, seed=0, config=SMOKE if smoke else None)
+sampler = trainer.fit()
+print(sampler.diagnose(200 if smoke else 8192))
+draws = sampler.weighted_draws(200 if smoke else 8192)
+data = draws.to_arviz(energy.constrain, resampled=100 if smoke else 4000)
+print(arviz.summary(data, var_names=["mean", "tau", "effect"], kind="stats"))
 
-    posterior = data.posterior
-    figure, (left, right) = new_figure(1, 2)
-    left.scatter(
-        posterior["effect"].values[0, :, 0], np.log(posterior["tau"].values[0]), s=2, alpha=0.4
-    )
-    left.set_xlabel("effect of the first school")
-    left.set_ylabel("log tau")
-    low, middle, high = np.quantile(posterior["effect"].values[0], [0.05, 0.5, 0.95], axis=0)
-    place = np.arange(len(EFFECTS))
-    right.errorbar(place - 0.1, EFFECTS, 1.64 * ERRORS, fmt="o", color="0.6", label="measured")
-    right.errorbar(
-        place + 0.1, middle, [middle - low, high - middle], fmt="o", label="posterior, 90 %"
-    )
-    right.set_xlabel("school")
-    right.legend(fontsize=8)
-    save_figure(figure, arguments.out / "eight_schools.png")
-    print(arguments.out / "eight_schools.png")
-
-
-if __name__ == "__main__":
-    main()
+effect, tau = data.posterior["effect"].values[0], data.posterior["tau"].values[0]
+figure, (left, right) = new_figure(1, 2)
+left.scatter(effect[:, 0], tau, s=2, alpha=0.4)
+left.set(xlabel="effect of the first school", ylabel="tau", yscale="log")
+low, middle, high = np.quantile(effect, [0.05, 0.5, 0.95], axis=0)
+place = np.arange(len(EFFECTS))
+right.errorbar(place - 0.1, EFFECTS, 1.64 * ERRORS, fmt="o", color="0.6", label="measured, 90 %")
+right.errorbar(
+    place + 0.1, middle, [middle - low, high - middle], fmt="o", label="posterior, 90 %"
+)
+right.set(xlabel="school", ylabel="effect")
+right.legend(fontsize=8)
+print(save_figure(figure, "out/eight_schools.png"))

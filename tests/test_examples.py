@@ -14,6 +14,7 @@ FIGURES = {
     "quickstart.py": "quickstart.png",
     "black_box.py": "black_box.png",
     "conditional.py": "conditional.png",
+    "eight_schools.py": "eight_schools.png",
     "multi_goal.py": "multi_goal.png",
     "paper/figure_2.py": "figure_2.png",
     "paper/figure_5.py": "figure_5.png",
