@@ -1,12 +1,24 @@
 """A NumPyro model, sampled from its log-density alone, and looked at with ArviZ.
 
     pip install 'rsm-sampler[numpyro,arviz]'
-    python examples/eight_schools.py            # out/eight_schools.png
+    python examples/eight_schools.py
 
 Eight schools gave extra coaching; each measured its effect with a known error (Rubin, 1981). How
 much do the effects differ? The spread tau of the effects is barely known, and where it is small
 all effects are one: a funnel. So the model speaks of each school's deviation in units of tau, as
-one does for chains too. The draws are independent, and come with the model's evidence.
+one does for chains too. The draws are independent, and come with the model's evidence. Expected
+(a few minutes, one CPU core):
+
+    verdict       trustworthy
+    ESS           7906 of n = 8192 (96.5%)
+    log Z         -31.3139 ± 0.0021
+                mean     sd
+    mean       4.441  3.308
+    tau        3.553  3.117
+    effect[0]  6.318  5.581
+
+With effects drawn about their mean instead (the funnel) the verdict is "NOT trustworthy", with an
+effective sample of 5 %. The figure is ``out/eight_schools.png``.
 """
 
 import sys

@@ -67,7 +67,7 @@ def curves(agent: str, found: dict) -> None:
                 full = [np.array(r["evaluations"]) for r in seeds.values()]
                 short = min(len(each) for each in full)
                 mean = np.mean([each[:short, 1] for each in full], 0)
-                label = f"{NAMES[other]}, {len(seeds)} seeds"
+                label = f"{NAMES[other]}, {len(seeds)} seed" + "s" * (len(seeds) > 1)
                 ax.plot(full[0][:short, 0] / 1000, mean, color=COLOURS[other], lw=2, label=label)
         ax.set_title(env, fontsize=9)
         ax.set_xlabel("1000 environment steps")
@@ -176,7 +176,9 @@ def page(agent: str, found: dict) -> str:
 
 Written by `python examples/benchmarks/locomotion_pages.py` from `docs/results/locomotion.json`,
 which `python examples/benchmarks/locomotion.py --agents {agent} sac sb3 --threads 1` measures:
-seeds 0, 1 and 2, one environment, one update per step.
+seeds 0, 1 and 2, one environment, one update per step, 5,000 random steps before the first
+update. Runs of the pendulum, Reacher and Swimmer stop after two evaluations in a row that reach
+their aim.
 
 ![curves of all seeds](figures/results_{agent}.png)
 
