@@ -99,7 +99,7 @@ class LogisticRegression(Target):
         features, labels = load_breast_cancer(return_X_y=True)
         return cls(
             torch.from_numpy(features),
-            torch.from_numpy(labels),
+            torch.from_numpy(labels).double(),
             prior_std=prior_std,
             name="breast-cancer",
         )

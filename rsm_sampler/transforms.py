@@ -30,7 +30,7 @@ before it.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ from torch.nn.functional import logsigmoid
 __all__ = ["Affine", "Bounds", "Coordinates", "MeanFree", "coordinates_of"]
 
 
+@runtime_checkable
 class Coordinates(Protocol):
     """What stands between unconstrained coordinates u and the user's points x.
 

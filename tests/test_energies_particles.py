@@ -45,6 +45,7 @@ def test_mean_free_coordinates_are_an_isometry(n, s, seed):
     torch.testing.assert_close(inside.centred(moved), x)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("numbers", [(1, 2), (3, 0)])
 def test_mean_free_coordinates_refuse(numbers):
     with pytest.raises(ValueError, match="must be at least"):
@@ -184,6 +185,7 @@ def test_scattered_particles_do_not_overlap(n):
     assert bool(target(x).isfinite().all())
 
 
+@pytest.mark.bad_input
 def test_particles_refuse():
     with pytest.raises(ValueError, match="num_particles must be at least 2, got 1"):
         LennardJones(1)

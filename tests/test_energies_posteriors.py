@@ -124,6 +124,7 @@ def test_breast_cancer():
     assert abs(halves) <= 5 * float(energy.std()) * math.sqrt(2 / 50)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -83,6 +83,7 @@ def test_the_evidence_is_the_normaliser():
     assert total == pytest.approx(evidence, rel=1e-6)
 
 
+@pytest.mark.bad_input
 def test_bad_models_are_refused():
     with pytest.raises(ValueError, match="model must be callable, got 3"):
         energies.from_numpyro(3)
@@ -127,6 +128,7 @@ def test_named_variables_of_a_model_go_to_arviz(schools):
     assert set(found.posterior.data_vars) >= {"mu", "tau", "theta", "twice"}
 
 
+@pytest.mark.bad_input
 def test_bad_arguments_of_the_export_are_refused():
     with pytest.raises(ValueError, match="variables must be 2 names, got 1"):
         draws().to_arviz(["a"])

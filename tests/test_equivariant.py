@@ -87,6 +87,7 @@ def test_the_flow_of_an_equivariant_denoiser_has_an_invariant_density():
     torch.testing.assert_close(flow.log_prob(other)[0], flow.log_prob(u)[0], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", ["width", "depth", "radial"])
 def test_sizes_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
