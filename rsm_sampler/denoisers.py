@@ -98,6 +98,9 @@ class Denoiser(nn.Module):
             architecture: Arguments of :class:`~rsm_sampler.networks.MLP`, or of
                 :class:`~rsm_sampler.equivariant.EGNN` where ``num_particles`` is among them.
             generator: Source of the initial weights, on the CPU.
+
+        Returns:
+            The denoiser, for data of unit scale.
         """
         kind = EGNN if "num_particles" in architecture else MLP
         return cls(kind(**architecture, generator=generator))

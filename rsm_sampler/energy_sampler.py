@@ -70,8 +70,11 @@ class WeightedDraws:
         self, n: int, *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "n dim"]:
         """Resample n draws by weight, to be reported apart from raw ones."""
+        return self.x[self._by_weight(n, generator)]
+
+    def _by_weight(self, n: int, generator: torch.Generator | None) -> Tensor:
         cumulative = cumulative_weight(self.x, self.log_weight)
-        return self.x[stratified_indices(cumulative, n, generator)]
+        return stratified_indices(cumulative, n, generator)
 
     def to_arviz(
         self,
@@ -93,10 +96,13 @@ class WeightedDraws:
             resampled: Number of draws to resample by weight; None for the draws as they are.
             generator: Source of randomness of resampling.
 
+        Returns:
+            An ``arviz.InferenceData`` with the groups ``posterior`` and ``sample_stats`` (``lp``,
+            minus the energy), each value with shape (1, n, ...).
+
         Raises:
             ImportError: Without ArviZ.
-            ValueError: If the names are not one for each coordinate, or the resampled draws are
-                not wanted in a positive number.
+            ValueError: If the names are not one for each coordinate, or resampled is below 1.
         """
         try:
             import arviz
@@ -108,8 +114,7 @@ class WeightedDraws:
         if resampled is not None:
             if resampled < 1:
                 raise ValueError(f"resampled must be at least 1, got {resampled}")
-            cumulative = cumulative_weight(self.x, self.log_weight)
-            index = stratified_indices(cumulative, resampled, generator)
+            index = self._by_weight(resampled, generator)
         x, lp = self.x[index], -self.energy[index]
         if variables is None:
             named: Mapping[str, Tensor] = {"x": x}

@@ -3,15 +3,16 @@ r"""A network for particles: what turns, mirrors or renumbers them does so to it
 Points are mean-free configurations in orthonormal coordinates
 (:class:`~rsm_sampler.transforms.MeanFree`); the network lifts them to n particles, lets every
 pair exchange messages, and returns a mean-free displacement in the same coordinates. With
-messages that depend on distances alone,
+messages that depend on distances and on the noise level alone,
 
 .. math::
 
-    m_{ij} &= \phi_e\big(h_i + h_j,\; d_{ij},\; \log\sigma\big) = m_{ji}, \\
-    x_i &\leftarrow x_i + \frac1n \sum_{j} \frac{x_i - x_j}{1 + d_{ij}}\, \phi_x(m_{ij}), \\
+    m_{ij} &= \phi_e\big(h_i + h_j,\; d_{ij};\; \log\sigma\big) = m_{ji}, \\
+    x_i &\leftarrow x_i + \sum_{j} \frac{x_i - x_j}{1 + d_{ij}}\, \phi_x(m_{ij}), \\
     h_i &\leftarrow h_i + \phi_h\big(h_i,\; \tfrac1{\sqrt n} \sum_{j} m_{ij}\big),
 
-for any rotation or reflection R, permutation P and the network's output F
+where the noise level scales and shifts both layers of :math:`\phi_e`. For any rotation or
+reflection R, permutation P and the network's output F
 
 .. math:: F(P x R) = P\, F(x)\, R .
 

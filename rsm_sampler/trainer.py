@@ -175,7 +175,9 @@ class EnergyDiffusionTrainer:
         self.contexts = (
             None if context is None else Contexts(context, context_dim or 0, self.device)
         )
-        particles = getattr(energy, "particles", None) if particles is None else particles
+        known = getattr(energy, "particles", None)
+        if particles is None and isinstance(known, tuple):
+            particles = known
         if particles is not None:
             unfit = {"bounds": bounds, "context": context, "centre": centre, "proposal": proposal}
             for name, value in unfit.items():
@@ -223,7 +225,7 @@ class EnergyDiffusionTrainer:
         self._warm = warm_start is not None
         if warm_start is not None:
             self.denoiser.load_state_dict(warm_start.denoiser.state_dict())
-            if self.centre is None and particles is None:
+            if self.centre is None:
                 self.centre = warm_start.affine.loc.double().cpu()
                 diagonal = warm_start.affine.scale_tril.diagonal().double()
                 self.scale = float(diagonal.log().mean().exp()) if scale is None else scale

@@ -655,6 +655,16 @@ def test_an_energy_may_know_its_particles_itself():
     trainer = EnergyDiffusionTrainer(Known(), 6, config=tiny())
     assert trainer.coordinates.reduced == 4
     assert trainer.architecture["num_particles"] == 3
+    counted = Known()
+    counted.particles = 3  # of some other meaning
+    assert EnergyDiffusionTrainer(counted, 6, config=tiny()).coordinates.reduced == 6
+
+
+def test_particles_start_warm():
+    first = particle_trainer().fit(progress=False)
+    again = particle_trainer(warm_start=first)
+    assert again.scale == pytest.approx(float(first.affine.scale_tril[0, 0]))
+    assert again.fit(progress=False, max_cycles=1).dim == 6
 
 
 def test_a_run_of_particles_resumes_to_the_same_numbers(tmp_path):

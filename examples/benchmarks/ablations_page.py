@@ -61,11 +61,14 @@ def rows(experiment: Experiment) -> list[list[str]]:
     return lines
 
 
-def figure() -> None:
-    """Curves of all experiments: seeds thin, means thick."""
-    columns = 3
-    drawn, axes = new_figure(math.ceil(len(EXPERIMENTS) / columns), columns, size=3.2)
-    for ax, (title, experiment) in zip(axes, EXPERIMENTS.items(), strict=False):
+def figure() -> str:
+    """Curves of the experiments that have runs: seeds thin, means thick; how a page shows it."""
+    measured = {title: e for title, e in EXPERIMENTS.items() if any(map(records, e.variants))}
+    if not measured:
+        return ""
+    columns = min(3, len(measured))
+    drawn, axes = new_figure(math.ceil(len(measured) / columns), columns, size=3.2)
+    for ax, (title, experiment) in zip(axes, measured.items(), strict=False):
         for number, variant in enumerate(v for v in experiment.variants if v.env == CHEETAH):
             runs = records(variant)
             for record in runs.values():
@@ -78,11 +81,12 @@ def figure() -> None:
         ax.set_xlabel("1000 environment steps")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=6)
-    for ax in axes[len(EXPERIMENTS) :]:
+    for ax in axes[len(measured) :]:
         ax.set_visible(False)
     axes[0].set_ylabel("return on HalfCheetah-v5")
     (DOCS / "figures").mkdir(exist_ok=True)
     save_figure(drawn, DOCS / "figures" / "ablations.png")
+    return "![curves](figures/ablations.png)"
 
 
 def section(title: str, experiment: Experiment) -> str:
@@ -132,7 +136,7 @@ def clipped() -> str:
 
 def main() -> None:
     """Write the page."""
-    figure()
+    shown = figure()
     some = next(iter({**load("ablations"), **load("clipped_kernel")}.values()))
     sections = "\n".join(section(*each) for each in EXPERIMENTS.items())
     (DOCS / "ablations.md").write_text(
@@ -151,7 +155,7 @@ by hundreds: with three seeds of standard deviation s on either side, difference
 are nothing that one could rely on (a t-test at level 0.05 with four degrees of freedom asks for
 2.3 s).
 
-![curves](figures/ablations.png)
+{shown}
 
 Machine: {machine(some)}; another process used the second core.
 

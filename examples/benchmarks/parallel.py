@@ -25,10 +25,11 @@ from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig
 def simulator(x: np.ndarray) -> float:
     """A double well that takes its time."""
     a, b = float(x[0]), float(x[1])
-    noise = 0.0
-    for i in range(20_000):
-        noise += i * 1e-15
-    return (a * a - 4) ** 2 / 8 + (b * b - 4) ** 2 / 8 + noise * 0
+    steps = 20_000
+    energy = 0.0
+    for _ in range(steps):
+        energy += ((a * a - 4) ** 2 + (b * b - 4) ** 2) / (8 * steps)
+    return energy
 
 
 def train() -> None:
