@@ -61,6 +61,7 @@ class Ancestral(Sampler):
         context: Float[Tensor, "n context_dim"] | None = None,
         generator: torch.Generator | None = None,
         pilot: int = 256,
+        chunk: int = 8192,
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
         r"""Draws with their exact path log-weights, whose mean weight estimates Z.
 
@@ -70,9 +71,10 @@ class Ancestral(Sampler):
         the variance
 
         .. math:: \sigma_s^2 (1 - r^2) + (1 - r^2)^2\, m_t, \qquad
-                  m_t = \tfrac1d\, \mathbb E |x_0 - D(x_t, \sigma_t)|^2,
+                  m_t = \mathbb E (x_0 - D(x_t, \sigma_t))^2,
 
-        with :math:`m_t` measured beforehand on a few draws of :class:`Heun` that are thrown away.
+        with :math:`m_t` measured for every coordinate beforehand, on a few draws of :class:`Heun`
+        that are thrown away.
 
         Arguments:
             n: Number of draws.
@@ -82,6 +84,7 @@ class Ancestral(Sampler):
             pilot: Number of the draws that measure :math:`m_t`. With 0 the variances are those of
                 (8), but for the last step, which has none: a path through it would have no
                 density. It then gets :math:`\sigma_1^2`.
+            chunk: Draws worked on at a time; bounds the memory and suits the cache.
 
         Returns:
             The draws, (n, dim), and their log-weights, (n).
@@ -97,43 +100,59 @@ class Ancestral(Sampler):
         if pilot < 0:
             raise ValueError(f"pilot must be at least 0, got {pilot}")
         variances = self._posterior_variances(pilot, context, generator)
+        pieces = []
+        for i in range(0, max(1, n), chunk):
+            part = None if context is None else context[i : i + chunk]
+            pieces.append(self._paths(min(chunk, n - i), variances, part, generator))
+        x, log_weight = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        value = energy(x) if context is None else energy(x, context)
+        return x, log_weight - value
+
+    def _paths(
+        self,
+        n: int,
+        variances: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Ends of paths, and the log-weights of the paths without the energy."""
         x, noise = self.start(n, context=context, generator=generator)
         log_weight = 0.5 * noise.square().sum(-1)
-        constant = self.dim * math.log(self._start_std)
-        for (sigma_t, sigma_s), variance in zip(self._steps(), variances, strict=True):
+        constant = torch.full_like(log_weight[:1], self.dim * math.log(self._start_std))
+        for (sigma_t, sigma_s), variance in zip(self._steps(), variances.to(x), strict=True):
             mean, std = self._kernel(x, sigma_t, sigma_s, context)
-            width = math.hypot(std, (1 - (sigma_s / sigma_t) ** 2) * math.sqrt(variance))
+            width = (std**2 + (1 - (sigma_s / sigma_t) ** 2) ** 2 * variance).sqrt()
             noise = noise_like(x, generator)
             new = mean + width * noise
             spread = math.sqrt((sigma_t - sigma_s) * (sigma_t + sigma_s))
             ahead = ((x - new) / spread).square().sum(-1)
             log_weight = log_weight + 0.5 * (noise.square().sum(-1) - ahead)
-            constant += self.dim * math.log(width / spread)
+            constant = constant + (width / spread).log().sum()
             x = new
         # Every forward Gaussian is paired with a reverse one; the start's constant is left.
-        constant += 0.5 * self.dim * math.log(2 * math.pi)
-        value = energy(x) if context is None else energy(x, context)
-        return x, log_weight + constant - value
+        return x, log_weight + constant + 0.5 * self.dim * math.log(2 * math.pi)
 
     def _posterior_variances(
         self, pilot: int, context: Tensor | None, generator: torch.Generator | None
-    ) -> list[float]:
-        """Mean variance of a clean coordinate given a point at each level, from the highest."""
+    ) -> Tensor:
+        """Mean variance of each clean coordinate given a point, (levels, dim), highest first."""
+        levels = torch.tensor(self.levels[:-1], dtype=torch.float64)
         if context is not None:
             context = context[:: max(1, len(context) // max(1, pilot))][:pilot]
             pilot = len(context)
         if pilot == 0:
-            return [0.0] * (len(self.levels) - 2) + [self.levels[-2] ** 2]
+            last = torch.arange(len(levels)) == len(levels) - 1
+            return (last * levels.square()).unsqueeze(-1).expand(-1, self.dim)
         # With few levels the flow is much nearer to the law than the chain.
         flow = Heun(self.denoiser, self.sigmas, dim=self.dim)
         x_0 = flow.sample(pilot, context=context, generator=generator)
         measured = []
         for sigma in self.levels[:-1]:
             x_t = x_0 + sigma * noise_like(x_0, generator)
-            measured.append((x_0 - self._denoise(x_t, sigma, context)).square().mean())
-        found = torch.stack(measured).tolist()
+            measured.append((x_0 - self._denoise(x_t, sigma, context)).square().mean(0))
         # A degenerate law has none, and a path no density.
-        return [max(m, 1e-6 * t**2) for m, t in zip(found, self.levels[:-1], strict=True)]
+        found = torch.stack(measured)
+        return torch.maximum(found, 1e-6 * levels.square().unsqueeze(-1).to(found))
 
     def _kernel(
         self, x_t: Tensor, sigma_t: float, sigma_s: float, context: Tensor | None

@@ -33,11 +33,14 @@ class Bank:
         loc: Weighted mean of all points, (dim).
         scale_tril: Cholesky factor of their weighted covariance, (dim, dim).
         method: ``"bank"`` for independent draws with exact weights, ``"chains"`` for dependent
-            draws of equal weight, ``"samples"`` for given data.
+            draws of equal weight, ``"paths"`` for draws of a sampler resampled by the weights of
+            their paths, ``"samples"`` for given data.
         log_z: Estimate of log Z (of the mean over contexts, with contexts).
         log_z_se: Its standard error; NaN for chains.
         ess: Effective sample size, summed over rows; for chains the size of the population.
         density: What the points were drawn from; None for chains.
+        gradient: Gradients of the energy at the points, (rows, columns, dim), NaN where there is
+            none; None for none at all.
     """
 
     points: Tensor
@@ -49,11 +52,12 @@ class Bank:
     log_z: float
     log_z_se: float
     ess: float
-    density: "KernelDensity | None" = None
+    density: KernelDensity | None = None
+    gradient: Tensor | None = None
 
     @classmethod
     def of_draws(
-        cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: "KernelDensity"
+        cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: KernelDensity
     ) -> "Bank":
         """A bank of independent draws with exact weights; it works out the rest."""
         columns = log_weight.shape[1]
@@ -76,7 +80,13 @@ class Bank:
 
     @classmethod
     def of_samples(
-        cls, points: Tensor, *, method: str = "samples", log_z: float = math.nan
+        cls,
+        points: Tensor,
+        *,
+        method: str = "samples",
+        log_z: float = math.nan,
+        log_z_se: float = math.nan,
+        ess: float | None = None,
     ) -> "Bank":
         """A bank of equally weighted points (n, dim)."""
         loc, scale_tril = weighted_moments(points, torch.full_like(points[:, 0], 1 / len(points)))
@@ -88,8 +98,8 @@ class Bank:
             scale_tril=scale_tril,
             method=method,
             log_z=log_z,
-            log_z_se=math.nan,
-            ess=float(len(points)),
+            log_z_se=log_z_se,
+            ess=float(len(points)) if ess is None else ess,
         )
 
     def extended(self, n: int, evaluate: Evaluate, generator: torch.Generator) -> "Bank":
@@ -113,6 +123,7 @@ class Bank:
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> "Bank":
         """The bank of :meth:`state`."""
+        state = {"gradient": None, **state}
         moved: dict[str, Any] = {
             k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()
         }

@@ -29,7 +29,10 @@ from rsm_sampler.samplers import Langevin, Sampler
 from rsm_sampler.schedules import EDM
 from rsm_sampler.transforms import Affine, Coordinates, coordinates_of
 
-__all__ = ["EnergySampler", "WeightedDraws"]
+__all__ = ["EXACT_DENSITY", "EnergySampler", "WeightedDraws"]
+
+EXACT_DENSITY = 16
+"""Most dimensions in which importance weights come from densities, not from paths."""
 
 ContextLike = (
     Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
@@ -262,7 +265,7 @@ class EnergySampler:
         one and its path weights, which cost no derivatives but vary more.
         """
         energy = self._energy(energy)
-        if self.coordinates.reduced <= 16:
+        if self.coordinates.reduced <= EXACT_DENSITY:
             x, log_prob = self.sample_with_log_prob(n, context=context, generator=generator)
             value = energy(x, self._context(n, context), purpose=purpose)
             return WeightedDraws(x, -value - log_prob, value, log_prob)

@@ -120,19 +120,34 @@ def denoising_loss(
     x_0: Float[Tensor, "*batch dim"],
     sigma: Float[Tensor, "*#batch"] | float,
     *,
+    gradient: Float[Tensor, "*batch dim"] | None = None,
+    stiffness: Float[Tensor, "*#batch dim"] | None = None,
     context: Float[Tensor, "*batch context_dim"] | None = None,
     loss_weight: LossWeight = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch"]:
-    r"""Denoising score matching on samples of the target.
+    r"""Denoising score matching on samples of the target, helped by gradients of its energy.
 
-    .. math:: \ell = \lambda(\sigma)\, \| D_\theta(x_0 + \sigma \epsilon, \sigma) - x_0 \|^2
+    .. math:: \ell = \lambda(\sigma)\, \| D_\theta(x_0 + \sigma \epsilon, \sigma) - y \|^2
+
+    Without gradients :math:`y = x_0`. With :math:`g = \nabla E(x_0)` the difference
+    :math:`\delta = \sigma \epsilon - \sigma^2 g` has mean zero given :math:`x_t`, so
+
+    .. math:: y_i = x_{0,i} + \frac{\delta_i}{1 + \sigma^2 s_i}, \qquad s_i = \mathbb E\, g_i^2,
+
+    has the same mean, and of all factors before :math:`\delta_i` this one makes its variance the
+    least: :math:`-\mathbb E[x_{0,i} \delta_i] / \mathbb E \delta_i^2`, by the virial theorem
+    :math:`\mathbb E[x_{0,i}\, g_i] = 1`. For a normal law nothing is left of the variance.
 
     Arguments:
         denoiser: The function :math:`D_\theta(x_t, \sigma)`, or :math:`D_\theta(x_t, \sigma, c)`
             if a context is given; called once, with sigma of the batch shape.
         x_0: Samples, with shape :math:`(*, \mathrm{dim})`.
         sigma: Noise scales, positive, broadcastable to :math:`(*)`.
+        gradient: Gradients of the energy at the samples, with the shape of x_0. The energy must
+            be smooth on all of space: not for hard walls, where a boundary term is missing.
+        stiffness: The mean squares s of the gradients, broadcastable to the shape of x_0.
+            :math:`+\infty` where there is no gradient.
         context: Conditions c, with shape :math:`(*, \mathrm{context\_dim})`.
         loss_weight: The weight :math:`\lambda`, a function of sigma or values that broadcast to
             :math:`(*)`. If None, :func:`edm_weight` with the denoiser's ``sigma_data`` (1 if it
@@ -143,15 +158,31 @@ def denoising_loss(
         The loss of each sample, with shape :math:`(*)`; the squared norm sums over the
         coordinates.
 
+    Raises:
+        ValueError: If one of gradient and stiffness is given without the other.
+
     References:
         Equation (9)
+
+        | Target score matching (De Bortoli et al., 2024), for g
+        | https://arxiv.org/abs/2402.08667
 
     Example:
         >>> denoising_loss(lambda x_t, sigma: x_t, torch.zeros(3, 2), 1.0).shape
         torch.Size([3])
     """
+    if (gradient is None) != (stiffness is None):
+        raise ValueError(
+            "gradient and stiffness must be given together, got "
+            f"{'no ' if gradient is None else ''}gradient and "
+            f"{'no ' if stiffness is None else ''}stiffness"
+        )
     x_t = forward_kernel(x_0, sigma, generator=generator)
-    return _weighted_error(denoiser, x_t, sigma, x_0, context, loss_weight)
+    target = x_0
+    if gradient is not None and stiffness is not None:
+        square = sigma_column(sigma, x_0).square()
+        target = x_0 + (x_t - x_0 - square * gradient) / (1 + square * stiffness)
+    return _weighted_error(denoiser, x_t, sigma, target, context, loss_weight)
 
 
 def mirror_descent_loss(

@@ -1,13 +1,16 @@
 r"""Networks that a denoiser preconditions.
 
 A network sees the scaled noisy point and :math:`\log\sigma` and returns a vector of the same
-length, of order one. :class:`MLP` is a residual perceptron of three habits that were each
+length, of order one. :class:`MLP` is a residual perceptron of a few habits that were each
 measured to matter on energies with fine structure:
 
 * **Fourier features** of the point: sines and cosines of random projections next to the point
   itself, so that a thin ring is not a high-frequency function of smooth inputs;
 * **the noise level scales and shifts every layer** (feature-wise modulation), because the wanted
   function changes its shape, not only its size, between high and low noise;
+* **harmonics of every coordinate**, for many of them: wells along one coordinate of fifty are
+  found at once where each coordinate has its own waves, as inputs and added to the output, and
+  are hardly found among random projections of all fifty;
 * **a last layer that starts at zero**, so that the untrained denoiser is the exact one of a
   standard normal target.
 
@@ -74,6 +77,8 @@ class MLP(nn.Module):
         frequencies: Number of random projections; 0 for no Fourier features.
         bandwidth: Standard deviation of the projections' angular frequencies, for inputs of
             order one.
+        harmonics: Number of waves of every coordinate, of angular frequencies 1, 1.4, 2, ...; they
+            are inputs and, with amplitudes that depend on the noise level, added to the output.
         context_bandwidth: The same for contexts, on which the wanted function depends smoothly:
             low frequencies carry it beyond the contexts seen in training.
         generator: Source of the initial weights, on the CPU.
@@ -88,6 +93,7 @@ class MLP(nn.Module):
     """
 
     projection: Tensor
+    waves: Tensor
     context_loc: Tensor
     context_scale: Tensor
 
@@ -100,6 +106,7 @@ class MLP(nn.Module):
         depth: int = 3,
         frequencies: int = 32,
         bandwidth: float = 2.0,
+        harmonics: int = 0,
         context_bandwidth: float = 0.4,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -108,7 +115,11 @@ class MLP(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         context_dim = context_dim or 0
-        for name, value in (("context_dim", context_dim), ("frequencies", frequencies)):
+        for name, value in (
+            ("context_dim", context_dim),
+            ("frequencies", frequencies),
+            ("harmonics", harmonics),
+        ):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         for name, width_of_law in (
@@ -127,13 +138,19 @@ class MLP(nn.Module):
         if context_dim:
             self.register_buffer("context_loc", torch.zeros(context_dim))
             self.register_buffer("context_scale", torch.ones(context_dim))
+        self.harmonics = harmonics
         self.embedding = linear(17, 32, generator)
         self.modulation = linear(32, 2 * depth * width, generator)
-        sizes = [inputs + 2 * frequencies] + [width] * (depth - 1)
+        sizes = [inputs + 2 * (frequencies + dim * harmonics)] + [width] * (depth - 1)
         self.layers = nn.ModuleList(linear(size, width, generator) for size in sizes)
         self.output = linear(width, dim, generator)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+        if harmonics:
+            self.register_buffer("waves", 2.0 ** (0.5 * torch.arange(harmonics)))
+            self.amplitudes = linear(32, 2 * dim * harmonics, generator)
+            nn.init.zeros_(self.amplitudes.weight)
+            nn.init.zeros_(self.amplitudes.bias)
 
     def forward(
         self,
@@ -159,10 +176,16 @@ class MLP(nn.Module):
             raise ValueError(f"context must have length {self.context_dim}, got {given}")
         embedded = nn.functional.silu(self.embedding(embedded_level(log_sigma)))
         scales, shifts = self.modulation(embedded).chunk(2, -1)
+        waves = None
+        if self.harmonics:
+            angle = (x.unsqueeze(-1) * self.waves).flatten(-2)
+            waves = torch.cat([angle.sin(), angle.cos()], -1)
         if context is not None:
             x = torch.cat([x, (context - self.context_loc) / self.context_scale], -1)
         phase = x @ self.projection
         h = torch.cat([x, phase.sin(), phase.cos()], -1)
+        if waves is not None:
+            h = torch.cat([h, waves], -1)
         pieces = zip(
             self.layers,
             (1 + scales).chunk(self.depth, -1),
@@ -172,7 +195,10 @@ class MLP(nn.Module):
         for i, (layer, scale, shift) in enumerate(pieces):
             y = nn.functional.silu(torch.addcmul(shift, layer(h), scale))
             h = y if i == 0 else h + y
-        return self.output(h)
+        if waves is None:
+            return self.output(h)
+        own = (self.amplitudes(embedded) * waves).unflatten(-1, (2, self.dim, self.harmonics))
+        return self.output(h) + own.sum((-3, -1))
 
     def standardise_context(self, context: Float[Tensor, "n context_dim"]) -> None:
         """Give contexts mean 0 and standard deviation 1 before the first layer sees them.

@@ -13,18 +13,15 @@ are known exactly at every step:
    the broad Student-t, which guards against what the kernels missed. Four rounds.
 3. **Bank.** Many draws of the last proposal with :math:`\log w = -E(x) - \log q(x)`: weighted
    samples of the target, an estimate of log Z, and the training data of loss (13).
-4. **Chains.** Where a bank would not be worth its evaluations (high dimensions), a
-   population of random-walk Metropolis chains goes from the last Student-t to the target along the
-   same path, resampled on the way (sequential Monte Carlo). It gives equally weighted, dependent
-   samples.
+4. **Chains.** Where a bank would not be worth its evaluations (high dimensions), a population
+   walks from the last Student-t to the target (:mod:`rsm_sampler.sequential`). It gives equally
+   weighted, dependent samples.
 
 With contexts every row of points belongs to one context, and weights are normalised in each row.
 
 References:
     | Adaptive multiple importance sampling (Cornuet et al., 2012)
     | https://doi.org/10.1111/j.1467-9469.2011.00756.x
-    | Sequential Monte Carlo samplers (Del Moral et al., 2006)
-    | https://doi.org/10.1111/j.1467-9868.2006.00553.x
 """
 
 import math
@@ -36,12 +33,21 @@ import torch
 from torch import Tensor
 
 from rsm_sampler.bank import Bank, Evaluate
-from rsm_sampler.densities import TAIL, KernelDensity, StudentT, weighted_moments
+from rsm_sampler.densities import (
+    TAIL,
+    KernelDensity,
+    StudentT,
+    weighted_moments,
+)
 from rsm_sampler.energy import EnergyError
 from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.sequential import sequential_monte_carlo
 
-__all__ = ["search"]
+__all__ = ["FEW_DIMENSIONS", "search"]
+
+FEW_DIMENSIONS = 12
+"""In so many kernels around single points make a bank; in more they do not."""
 
 _LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
 _ROUNDS = 4  # of kernels
@@ -53,6 +59,7 @@ def search(
     *,
     evaluations: int,
     bank_size: int,
+    chain_evaluations: int | None = None,
     generator: torch.Generator,
     draw_context: Callable[[int], Tensor] | None = None,
     rows: int = 1,
@@ -68,6 +75,8 @@ def search(
         dim: Length of a point.
         evaluations: Most energy evaluations before the bank.
         bank_size: Energy evaluations of the bank itself.
+        chain_evaluations: Energy evaluations of chains, where they take the bank's place; what is
+            left of both numbers above if None.
         generator: Source of randomness.
         draw_context: Draws that many contexts; None without contexts.
         rows: Number of contexts in the bank.
@@ -88,7 +97,7 @@ def search(
     stage = max(64, min(4096, evaluations // 12))
     proposal, found, beta = finder.bracket(stage, evaluations, centre, scale)
     enough = max(24.0, 4.0 * dim)
-    if dim <= 12:
+    if dim <= FEW_DIMENSIONS:
         left = max(0, evaluations - finder.spent)
         rounds = min(_ROUNDS, left // 128)  # a budget of a few hundred allows fewer
         kernels, tried = finder.kernels(
@@ -100,7 +109,7 @@ def search(
             return finder.bank(kernels, bank_size, rows)
     if draw_context is not None:
         return finder.bank(finder.density(found, beta, proposal, share=0.3), bank_size, rows)
-    return finder.chains(proposal, found, beta, evaluations - finder.spent + bank_size)
+    return finder.chains(proposal, chain_evaluations or evaluations - finder.spent + bank_size)
 
 
 @dataclass
@@ -329,48 +338,21 @@ class _Finder:
         found, context = self._evaluated(x, density.log_prob(x), rows)
         return Bank.of_draws(found.x, found.log_weight(1.0), context, density)
 
-    def _spread(self, x: Tensor) -> Tensor:
-        return weighted_moments(x, torch.full_like(x[:, 0], 1 / len(x)))[1]
-
-    def chains(self, proposal: StudentT, found: _Weighted, beta: float, evaluations: int) -> Bank:
-        """Stage 4: sequential Monte Carlo with random-walk moves from q to the target."""
-        self._note("chains")
-        size = int(max(64, min(2048, evaluations // 256)))
-        flat, log_weight = found.x.reshape(-1, self.dim), found.log_weight(beta).reshape(-1)
-        keep = stratified_indices(cumulative_weight(flat, log_weight), size, self.generator)
-        x, energy = flat[keep].clone(), found.energy.reshape(-1)[keep].clone()
-        log_q = found.log_proposal.reshape(-1)[keep].clone()
-        log_z = float(torch.logsumexp(log_weight, 0)) - math.log(len(flat))
-        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": self.generator}
-        scale_tril = self._spread(x)
-        step, used, sweep = 0.5, 0, 0
-        while used + size <= evaluations:
-            if beta < 1 and sweep % 4 == 0:
-                # Never run out of evaluations on the way: the last quarter is at beta = 1.
-                late = used > 0.75 * evaluations
-                new_beta = 1.0 if late else _next_beta(energy + log_q, beta, 0.6 * size)
-                log_weight = -(new_beta - beta) * (energy + log_q)
-                log_z += float(torch.logsumexp(log_weight, 0)) - math.log(size)
-                index = stratified_indices(cumulative_weight(x, log_weight), size, self.generator)
-                x, energy, log_q, beta = x[index], energy[index], log_q[index], new_beta
-                scale_tril = self._spread(x)
-            # Steps of all lengths over a decade and a half: moves within wells and between them.
-            length = step * 10 ** (0.5 - 1.5 * torch.rand(size, 1, **like))
-            trial = x + length * (torch.randn(x.shape, **like) @ scale_tril.mT)
-            trial_energy = self.evaluate(trial, None).to(x.dtype)
-            trial_log_q = proposal.log_prob(trial)
-            used, sweep = used + size, sweep + 1
-            gain = (1 - beta) * (trial_log_q - log_q) - beta * (trial_energy - energy)
-            accept = torch.rand(size, **like).log() < gain
-            x = torch.where(accept[:, None], trial, x)
-            energy = torch.where(accept, trial_energy, energy)
-            log_q = torch.where(accept, trial_log_q, log_q)
-            rate = float(accept.double().mean())
-            step = min(4.0, max(1e-4, step * math.exp(0.3 * (rate - 0.25))))
-        self.spent += used
+    def chains(self, proposal: StudentT, evaluations: int) -> Bank:
+        """Stage 4: a population that walks from the proposal to the target."""
+        size = max(16, min(512, evaluations // 256))
+        visited = sequential_monte_carlo(
+            lambda x: self.evaluate(x, None),
+            proposal,
+            evaluations=evaluations,
+            size=size,
+            generator=self.generator,
+            report=self.report,
+        )
+        self.spent += evaluations
         if self.check is not None:
-            self.check(x)
-        return Bank.of_samples(x, method="chains", log_z=log_z)
+            self.check(visited.points)
+        return Bank.of_samples(visited.points, method="chains", log_z=visited.log_z)
 
 
 def _largest_beta(found: _Weighted, least: float) -> float:
@@ -384,21 +366,6 @@ def _largest_beta(found: _Weighted, least: float) -> float:
             (middle, high) if float(found.ess(math.exp(middle))) >= least else (low, middle)
         )
     return math.exp(low)
-
-
-def _next_beta(work: Tensor, beta: float, least: float) -> float:
-    """The largest step in beta that leaves the population that effective sample size."""
-
-    def ess(new: float) -> float:
-        return float(effective_sample_size(-(new - beta) * work))
-
-    if ess(1.0) >= least:
-        return 1.0
-    low, high = beta, 1.0
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess(middle) >= least else (low, middle)
-    return max(low, beta * 1.000001)
 
 
 def _unbounded(radius: float) -> str:

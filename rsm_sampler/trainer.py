@@ -7,12 +7,17 @@ r"""From an energy to a sampler: the training loop.
 2. **train** in cycles, each with a learning rate that falls to zero and a running mean of the
    weights. With ``loss="mirror-descent"`` a step draws clean points from the bank by their
    weights and regresses on them: loss (13), whose weights :math:`e^{-E}/\pi` are realised by
-   resampling. No energy is evaluated in these steps. With ``loss="reverse-sampling"`` a step
+   resampling. No energy is evaluated in these steps. Where the bank comes from chains, the
+   gradients of the energy at its points, by autograd or from differences of values, take most of
+   the loss's variance away (:mod:`rsm_sampler.gradients`). With ``loss="reverse-sampling"`` a step
    draws noisy points from ``proposal`` and K clean candidates for each: loss (14), K energy
    evaluations and one network call per noisy point;
 3. **check** after each cycle: exact importance weights of fresh draws give the effective sample
-   size. Training stops when it is high enough, when the cycles are used up, or when the budget
-   is.
+   size. Training stops when it is high enough or, beyond sixteen dimensions, no longer grows;
+   when the cycles are used up, or when the budget is;
+4. **renew** a bank of chains, where the sampler has become good enough: its own draws with the
+   exact weights of their paths are the next bank, a step of mirror descent from the sampler to
+   the target. Chains may have the modes' weights wrong; these weights do not.
 
 Everything that decides the result is in ``state()``: a run that is interrupted and resumed gives
 the same numbers, bit for bit on the CPU with the same number of threads.
@@ -38,23 +43,24 @@ from rsm_sampler.contexts import Contexts
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.distributed import Team
 from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
-from rsm_sampler.energy_sampler import EnergySampler
+from rsm_sampler.energy_sampler import EXACT_DENSITY, EnergySampler
 from rsm_sampler.estimators import TargetForm
+from rsm_sampler.gradients import GradientMethod
 from rsm_sampler.interrupts import deferred_interrupt
 from rsm_sampler.kernels import GaussianReferenceKernel, Kernel
 from rsm_sampler.loggers import Logger
 from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
 from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import Proposal
-from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.schedules import EDM
-from rsm_sampler.search import search
+from rsm_sampler.search import FEW_DIMENSIONS
+from rsm_sampler.supply import Supply
 from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
 __all__ = ["EnergyDiffusionTrainer", "Progress"]
 
-_KIND, _VERSION = "trainer", 2
+_KIND, _VERSION = "trainer", 3
 _LEAST_BUDGET = 500
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
 
@@ -98,6 +104,10 @@ class EnergyDiffusionTrainer:
         device: ``"auto"`` takes a GPU where there is one.
         budget: Most energy evaluations of ``fit``, search included; None for the config's.
         loss: ``"mirror-descent"`` (13) or ``"reverse-sampling"`` (14).
+        gradients: Where the loss (13) gets gradients of the energy at the bank's points from:
+            ``"autograd"``, ``"differences"`` of values, or ``"none"``. ``"auto"`` takes, beyond
+            twelve dimensions and for particles, autograd where it works, else differences where
+            they can be afforded. None of them for an energy with hard walls, or with contexts.
         proposal: h_t of loss (14), in standardised coordinates.
         kernel: Reverse kernel of loss (14); a Gaussian reference of the target's width if None.
         target: Target of loss (14): ``"value"``, or with an energy that autograd can
@@ -136,6 +146,7 @@ class EnergyDiffusionTrainer:
         device: str | torch.device = "auto",
         budget: int | None = None,
         loss: Literal["mirror-descent", "reverse-sampling"] = "mirror-descent",
+        gradients: GradientMethod = "auto",
         proposal: Proposal | None = None,
         kernel: Kernel | None = None,
         target: TargetForm = "value",
@@ -152,6 +163,10 @@ class EnergyDiffusionTrainer:
             )
         if loss not in {"mirror-descent", "reverse-sampling"}:
             raise ValueError(f"loss must be 'mirror-descent' or 'reverse-sampling', got {loss!r}")
+        if gradients not in get_args(GradientMethod):
+            raise ValueError(
+                f"gradients must be one of {get_args(GradientMethod)}, got {gradients!r}"
+            )
         if (loss == "reverse-sampling") != (proposal is not None):
             raise ValueError(
                 f"proposal must be given for, and only for, loss='reverse-sampling', got "
@@ -192,6 +207,7 @@ class EnergyDiffusionTrainer:
         if target not in get_args(TargetForm):
             raise ValueError(f"target must be one of {get_args(TargetForm)}, got {target!r}")
         self.loss, self.proposal, self.target = loss, proposal, target
+        self.gradients = gradients
         self.kernel = kernel or GaussianReferenceKernel(
             torch.zeros(self.coordinates.reduced, device=self.device),
             self.config.reference_scale,
@@ -235,8 +251,14 @@ class EnergyDiffusionTrainer:
         self.optimiser = torch.optim.Adam(
             self.denoiser.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99)
         )
-        self.affine = Affine.identity(self.coordinates.reduced)
-        self.bank: Bank | None = None
+        self.supply = Supply(
+            self.energy,
+            self.coordinates,
+            self.config,
+            self.generator,
+            contexts=self.contexts,
+            gradients=gradients,
+        )
         self.history: list[dict[str, float]] = []
         self.step = self.step_in_cycle = self.cycle = 0
         self.seconds = 0.0
@@ -252,13 +274,17 @@ class EnergyDiffusionTrainer:
                 "width": config.width or 64,
                 "depth": config.depth or 4,
             }
+        harmonics = config.harmonics
+        if harmonics is None:
+            harmonics = 0 if self.dim <= FEW_DIMENSIONS else 4
         return {
             "dim": self.dim,
             "context_dim": self.context_dim,
-            "width": config.width or 128,
+            "width": config.width or (128 if self.dim <= FEW_DIMENSIONS else 192),
             "depth": config.depth or 3,
             "frequencies": config.frequencies,
             "bandwidth": config.bandwidth,
+            "harmonics": harmonics,
         }
 
     @property
@@ -272,7 +298,14 @@ class EnergyDiffusionTrainer:
         share = self.config.target_ess
         if self.contexts is not None:
             share = 1 - 0.4 * (1 - share)
-        return bool(self.history) and self.history[-1]["ess"] >= share
+        if not self.history:
+            return False
+        ess = [record["ess"] for record in self.history]
+        # Path weights never come near to it; what more training brings is soon too little.
+        settled = (
+            self.coordinates.reduced > EXACT_DENSITY and len(ess) > 1 and ess[-1] < 1.1 * ess[-2]
+        )
+        return ess[-1] >= share or settled
 
     def fit(
         self,
@@ -324,15 +357,16 @@ class EnergyDiffusionTrainer:
         started = time.perf_counter() - self.seconds
         try:
             if self.bank is None:
-                self._search(bar)
+                self._search(bar.set_description_str)
                 self._save(path)
-            extended = self._extend(bar)
+            extended = self._enlarge(bar.set_description_str)
             while self._wants_cycle(cycles) or extended:
                 extended = False
                 if self._train_cycle(bar, started, callback, logger):
                     self._save(path)
                     break
                 self._check(logger, started)
+                self._renew(cycles, bar.set_description_str)
                 if self.step_in_cycle >= self._length():  # not where the budget ended it early
                     self.cycle, self.step_in_cycle = self.cycle + 1, 0
                 self._save(path)
@@ -360,6 +394,8 @@ class EnergyDiffusionTrainer:
     def _length(self) -> int:
         """Steps of the present cycle; fewer where the bank has been seen often enough."""
         length = round(self.config.steps_per_cycle * 1.5**self.cycle)
+        if self.supply.helped:
+            length = max(1, length // 2)
         if self.loss == "reverse-sampling" or self.bank is None:
             return length
         most = max(500, int(self.config.max_epochs * self.bank.ess / self.config.batch_size))
@@ -400,79 +436,50 @@ class EnergyDiffusionTrainer:
 
     # ------------------------------------------------------------------ search
 
-    def _search(self, bar: tqdm) -> None:
+    @property
+    def bank(self) -> Bank | None:
+        """The weighted points of training; None before the search."""
+        return self.supply.bank
+
+    @property
+    def affine(self) -> Affine:
+        """From the network's coordinates to unbounded ones, as the first bank has them."""
+        return self.supply.affine
+
+    def _search(self, report: Callable[[str], None]) -> None:
         if self.samples is not None:
-            bank = Bank.of_samples(self.coordinates.inverse(self.samples.to(self.device).double()))
+            points = self.coordinates.inverse(self.samples.to(self.device).double())
+            self.supply.adopt(Bank.of_samples(points))
         else:
-            reserve = self.config.max_cycles * self._check_size()
-            search_size, bank_size = self.config.search_evaluations, self.config.bank_size
-            if self.energy.budget is not None and self.energy.remaining is not None:
-                free = max(256, self.energy.remaining - reserve)
-                if self.loss == "reverse-sampling":  # the bank only gives location and scale
-                    free //= 4
-                search_size = min(search_size, int(0.35 * free))
-                bank_size = min(bank_size, free - search_size)
-            scattered = self._scattered_contexts if self.contexts is not None else None
-            rows = min(self.config.bank_contexts, max(1, bank_size // 128))
-            bank = search(
-                self._unbounded_energy,
-                self.coordinates.reduced,
-                evaluations=search_size,
-                bank_size=bank_size,
-                generator=self.generator,
-                draw_context=scattered,
-                rows=1 if scattered is None else rows,
+            self.supply.find(
+                reserve=self.config.max_cycles * self._check_size(),
+                # With loss (14) the bank only gives location and scale.
+                share=0.25 if self.loss == "reverse-sampling" else 1.0,
                 centre=self.centre,
                 scale=self.scale,
-                check=self.energy.check,
-                report=lambda text: bar.set_description_str(f"search: {text}"),
+                report=report,
             )
-        self._adopt(bank)
-        if self._bank_context is not None and not self._warm:
+        if self.supply.context is not None and not self._warm:
             for denoiser in (self.denoiser, self.average):
                 network = denoiser.network
                 assert isinstance(network, MLP)
-                network.standardise_context(self._bank_context)
+                network.standardise_context(self.supply.context)
 
-    def _adopt(self, bank: Bank) -> None:
-        self.bank = bank
-        self.affine = Affine(bank.loc, bank.scale_tril)
-        if isinstance(self.coordinates, MeanFree):  # what has no direction keeps none
-            self.affine = self.affine.isotropic()
-        points = self.affine.inverse(bank.points).float()
-        columns = points.shape[1]
-        self._points = points.reshape(-1, points.shape[-1])
-        normalised = bank.log_weight - torch.logsumexp(bank.log_weight, -1, keepdim=True)
-        self._cumulative = cumulative_weight(self._points, normalised.reshape(-1))
-        self._rows = columns
-        self._bank_context = None if bank.context is None else bank.context.float()
-
-    def _extend(self, bar: tqdm) -> bool:
-        """With budget left that the bank could use, make the bank larger."""
-        bank, left = self.bank, self.energy.remaining
-        if bank is None or bank.density is None or left is None or bank.context is not None:
-            return False
+    def _enlarge(self, report: Callable[[str], None]) -> bool:
+        """Whether trained weights got a larger bank."""
         if self.loss == "reverse-sampling":
             return False
-        room = self.config.bank_size - bank.points.shape[1]
-        more = min(room, left - 2 * self._check_size())
-        if more < 0.5 * bank.points.shape[1]:
-            return False
-        bar.set_description_str("search: larger bank")
-        self._adopt(bank.extended(more, self._unbounded_energy, self.generator))
-        return self.step > 0
+        return self.supply.enlarge(2 * self._check_size(), report) and self.step > 0
 
-    def _unbounded_energy(self, u: Tensor, context: Tensor | None) -> Tensor:
-        """Energy of unbounded coordinates, counted as search."""
-        x, log_det = self.coordinates.forward(u)
-        value = self.energy(
-            x.float(), None if context is None else context.float(), purpose="search"
-        )
-        return value.double() - log_det
-
-    def _scattered_contexts(self, n: int) -> Tensor:
-        assert self.contexts is not None
-        return self.contexts.scattered(n, self.generator)
+    def _renew(self, cycles: int, report: Callable[[str], None]) -> None:
+        """Let the sampler's own draws be the bank of the next cycle, if there is one."""
+        if self.cycle + 1 >= cycles or self.converged or self.loss == "reverse-sampling":
+            return
+        if self.coordinates.reduced <= EXACT_DENSITY or not self.history:
+            return
+        sampler = self.sampler()
+        sampler.generator.manual_seed(self.seed + 6101 * (self.cycle + 2))
+        self.supply.renew(sampler, self.history[-1]["ess"], 2 * self._check_size(), report)
 
     # ---------------------------------------------------------------- training
 
@@ -574,14 +581,15 @@ class EnergyDiffusionTrainer:
                 target=self.target,
                 generator=generator,
             ).mean()
-        index = stratified_indices(self._cumulative, n, generator)
-        # Stratified draws come sorted; so do the noise levels. Shuffle one of them.
-        index = index[torch.randperm(n, device=self.device, generator=generator)]
-        index = index.view(levels, -1)
-        context = None if self._bank_context is None else self._bank_context[index // self._rows]
-        x_0, sigma = self._points[index], sigma.unsqueeze(-1)
+        batch = self.supply.batch(levels, n // levels)
         return denoising_loss(
-            self._shared, x_0, sigma, context=context, generator=generator
+            self._shared,
+            batch.x_0,
+            sigma.unsqueeze(-1),
+            gradient=batch.gradient,
+            stiffness=batch.stiffness,
+            context=batch.context,
+            generator=generator,
         ).mean()
 
     def _standard_energy(self, z: Tensor) -> Tensor:
@@ -646,6 +654,7 @@ class EnergyDiffusionTrainer:
             "seed": self.seed,
             "loss": self.loss,
             "target": self.target,
+            "gradients": self.gradients,
             "coordinates": self.coordinates.state_dict(),
             "counts": dict(self.energy.counts),
             "budget": self.energy.budget,
@@ -673,6 +682,7 @@ class EnergyDiffusionTrainer:
             "seed": self.seed,
             "loss": self.loss,
             "target": self.target,
+            "gradients": self.gradients,
             "coordinates": _numbers(self.coordinates.state_dict()),
         }
         theirs = {**state, "coordinates": _numbers(state["coordinates"])}
@@ -685,7 +695,7 @@ class EnergyDiffusionTrainer:
         if self.energy.budget is None:
             self.energy.budget = state["budget"]
         if state["bank"] is not None:
-            self._adopt(Bank.from_state(state["bank"], self.device))
+            self.supply.adopt(Bank.from_state(state["bank"], self.device))
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])

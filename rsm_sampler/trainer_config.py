@@ -17,9 +17,13 @@ class TrainerConfig:
     Attributes:
         search_evaluations: Energy evaluations of the search before the bank, without a budget.
         bank_size: Energy evaluations of the bank, without a budget.
+        chain_evaluations: Energy evaluations of the chains that take the bank's place in high
+            dimensions, without a budget.
+        round_draws: Draws, and energy evaluations, of a round of mirror descent.
         bank_contexts: Number of contexts in the bank of a conditional energy: half of them as they
             are drawn, half the most scattered of 32 times as many draws.
         steps_per_cycle: Optimiser steps of the first cycle; each later one has half as many again.
+            With gradients at the points of the bank half of that does.
         max_cycles: Most cycles.
         max_epochs: Most passes over the bank, counted by its effective size; more would learn its
             points by heart.
@@ -32,10 +36,12 @@ class TrainerConfig:
         sigma_min: Lowest noise level, in units of the target's width.
         sigma_max: Highest noise level, in the same units.
         num_steps: Noise levels of the sampler.
-        width: Units per hidden layer; 128, and 64 for particles, if None.
+        width: Units per hidden layer; 128, 192 beyond twelve dimensions, and 64 for particles, if
+            None.
         depth: Hidden layers; 3, and 4 rounds of messages for particles, if None.
         frequencies: Fourier features.
         bandwidth: Their bandwidth.
+        harmonics: Waves of every coordinate; none up to twelve dimensions and 4 beyond, if None.
         num_draws: K of loss (14).
         reference_scale: Scale of the Gaussian reference of loss (14)'s kernel, in the target's
             widths.
@@ -43,6 +49,8 @@ class TrainerConfig:
 
     search_evaluations: int = 120_000
     bank_size: int = 250_000
+    chain_evaluations: int = 1_000_000
+    round_draws: int = 65_536
     bank_contexts: int = 1024
     steps_per_cycle: int = 4000
     max_cycles: int = 3
@@ -58,6 +66,7 @@ class TrainerConfig:
     depth: int | None = None
     frequencies: int = 32
     bandwidth: float = 2.0
+    harmonics: int | None = None
     num_draws: int = 128
     reference_scale: float = 2.5
 
@@ -65,6 +74,8 @@ class TrainerConfig:
         for name in (
             "search_evaluations",
             "bank_size",
+            "chain_evaluations",
+            "round_draws",
             "bank_contexts",
             "steps_per_cycle",
             "max_cycles",

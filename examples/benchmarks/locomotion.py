@@ -64,7 +64,7 @@ class Task:
 
 TASKS = {
     "InvertedDoublePendulum-v5": Task(50_000, 2500, goal=9300),
-    "Reacher-v5": Task(60_000, 5000, goal=-5),
+    "Reacher-v5": Task(60_000, 5000, goal=-5, discount=0.95),
     "Swimmer-v5": Task(100_000, 10_000, goal=100, discount=0.9999),
     "HalfCheetah-v5": Task(60_000, 5000, sizes=SIZES),
     "Hopper-v5": Task(100_000, 10_000),

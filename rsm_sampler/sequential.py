@@ -1,0 +1,275 @@
+r"""Sequential Monte Carlo: a population that walks from a known law to the target.
+
+Importance weights of a single proposal are useless beyond a dozen dimensions. A population of
+particles is brought there in small steps instead, along :math:`q^{1-\beta} e^{-\beta E}` from
+:math:`\beta = 0`, where the particles are draws of the reference q, to :math:`\beta = 1`. Each
+step in :math:`\beta` is as long as the weights
+:math:`e^{-\Delta\beta (E + \log q)}` allow, which are resampled away and multiply to an estimate
+of Z; Metropolis moves that leave the law invariant follow. They need energy values only, and
+learn their shape from the particles: one half of the population is moved at a time, by
+
+* a random walk with the population's covariance, in steps of very different lengths;
+* **differences** of two particles of the other half, in a few coordinates, shortened;
+* the same at full length: jumps from well to well;
+* **exchange** of some coordinates between two particles, which leaves every coordinate's own
+  law alone and shuffles how they go together.
+
+Coordinates that have not yet moved by their own width are chosen more often. At
+:math:`\beta = 1` the population goes on, and what it visits is kept.
+
+References:
+    | Sequential Monte Carlo samplers (Del Moral et al., 2006)
+    | https://doi.org/10.1111/j.1467-9868.2006.00553.x
+
+    | Accelerating Markov chain Monte Carlo simulation by differential evolution with
+    | self-adaptive randomized subspace sampling (Vrugt et al., 2009)
+    | https://doi.org/10.1515/IJNSNS.2009.10.3.273
+
+    | Real-parameter evolutionary Monte Carlo (Liang and Wong, 2001)
+    | https://doi.org/10.1198/016214501753168325
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsm_sampler.densities import StudentT, weighted_moments
+from rsm_sampler.estimators import effective_sample_size
+from rsm_sampler.resampling import cumulative_weight, stratified_indices
+
+__all__ = ["Visited", "sequential_monte_carlo"]
+
+_WALK, _EXCHANGE, _JUMP = 0.1, 0.2, 0.4  # shares of the moves; the rest are short differences
+_KEPT_ESS = 0.6  # of the population, in a step of beta
+
+
+@dataclass(frozen=True)
+class Visited:
+    """What the population visited at beta = 1.
+
+    Attributes:
+        points: Points, (n, dim), one snapshot of the population after the other.
+        energy: Their energies, (n).
+        log_z: Estimate of log Z.
+        stages: Steps of beta.
+        acceptance: Share of accepted moves since beta = 1.
+    """
+
+    points: Tensor
+    energy: Tensor
+    log_z: float
+    stages: int
+    acceptance: float
+
+
+def sequential_monte_carlo(
+    evaluate: Callable[[Tensor], Tensor],
+    reference: StudentT,
+    *,
+    evaluations: int,
+    size: int,
+    generator: torch.Generator,
+    keep: int = 16_384,
+    report: Callable[[str], None] | None = None,
+) -> Visited:
+    r"""Bring a population from the reference to the target.
+
+    Arguments:
+        evaluate: Energies (n) of points (n, dim).
+        reference: The law at :math:`\beta = 0`.
+        evaluations: Energy evaluations; more than half of them at :math:`\beta < 1` if the way is
+            long, never more than three quarters.
+        size: Number of particles, made even.
+        generator: Source of randomness.
+        keep: About as many points are kept of those visited at :math:`\beta = 1`.
+        report: Called with the name of each phase.
+
+    Raises:
+        ValueError: If there are fewer than 16 particles or 8 evaluations for each.
+    """
+    size -= size % 2
+    if size < 16 or evaluations < 8 * size:
+        raise ValueError(
+            "size must be at least 16 particles with 8 evaluations each, got "
+            f"{size} particles and {evaluations} evaluations"
+        )
+    population = _Population(evaluate, reference, size, generator)
+    dim = len(reference.loc)
+    sweeps = max(2, min(4 * dim, evaluations // (size * 40)))  # of a stage
+    left = evaluations // size - 1
+    late = left // 4
+    while population.beta < 1:
+        population.advance(now=left - sweeps < late)
+        if report is not None:
+            report(f"chains, beta {population.beta:.2g}")
+        if population.beta < 1:
+            for _ in range(min(sweeps, max(0, left - late))):
+                population.sweep()
+                left -= 1
+    snapshots, accepted = [], []
+    every = max(1, left * size // keep)
+    for i in range(left):
+        accepted.append(population.sweep())
+        if (left - 1 - i) % every == 0 and i >= left // 5:
+            snapshots.append((population.x.clone(), population.energy.clone()))
+    if not snapshots:
+        snapshots.append((population.x, population.energy))
+    points, energies = zip(*snapshots, strict=True)
+    return Visited(
+        torch.cat(points),
+        torch.cat(energies),
+        population.log_z,
+        population.stages,
+        sum(accepted) / max(1, len(accepted)),
+    )
+
+
+class _Population:
+    """Particles with what the moves need to know of them."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], Tensor],
+        reference: StudentT,
+        size: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.evaluate, self.reference, self.generator = evaluate, reference, generator
+        self.x = reference.sample(size, generator)
+        self.like: dict[str, Any] = {
+            "dtype": self.x.dtype, "device": self.x.device, "generator": generator
+        }  # fmt: skip
+        self.energy, self.log_q = self._values(self.x)
+        self.beta, self.log_z, self.stages = 0.0, 0.0, 0
+        self.walk = self.short = 1.0
+        self._settle()
+
+    def _values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.evaluate(x).to(x.dtype), self.reference.log_prob(x)
+
+    def _settle(self) -> None:
+        """Moments of the population, and where each particle stands: the moves start anew."""
+        weight = torch.full_like(self.energy, 1 / len(self.x))
+        self.scale_tril = weighted_moments(self.x, weight)[1]
+        self.start = self.x.clone()
+
+    def advance(self, *, now: bool) -> None:
+        """The longest step of beta that the weights allow, or the last one now; resample."""
+        work = self.energy + self.log_q
+        beta = 1.0 if now else _next_beta(work, self.beta, _KEPT_ESS * len(work))
+        log_weight = -(beta - self.beta) * work
+        log_weight = torch.where(self.energy < torch.inf, log_weight, -torch.inf)
+        self.log_z += float(torch.logsumexp(log_weight, 0)) - math.log(len(work))
+        index = stratified_indices(
+            cumulative_weight(self.x, log_weight), len(work), self.generator
+        )
+        # Copies of one particle lie side by side: spread them over both halves.
+        index = index[torch.randperm(len(index), generator=self.generator, device=index.device)]
+        self.x, self.energy, self.log_q = self.x[index], self.energy[index], self.log_q[index]
+        self.beta, self.stages = beta, self.stages + 1
+        self._settle()
+
+    def _log_density(self, energy: Tensor, log_q: Tensor) -> Tensor:
+        return (1 - self.beta) * log_q - self.beta * energy
+
+    def sweep(self) -> float:
+        """One move of every particle; returns the share of accepted ones."""
+        if float(torch.rand((), **self.like)) < _EXCHANGE:
+            return self._exchange()
+        half = len(self.x) // 2
+        rates = []
+        for moved in (slice(0, half), slice(half, 2 * half)):
+            other = self.x[half:] if moved.start == 0 else self.x[:half]
+            rates.append(self._differences(moved, other))
+        return sum(rates) / 2
+
+    def _differences(self, moved: slice, other: Tensor) -> float:
+        x = self.x[moved]
+        n, dim = x.shape
+        kind = torch.rand(n, 1, **self.like)
+        length = self.walk * 10 ** (0.5 - 1.5 * torch.rand(n, 1, **self.like))
+        walk = length * (torch.randn(n, dim, **self.like) @ self.scale_tril.mT)
+        first = torch.randint(n, (n,), generator=self.generator, device=x.device)
+        second = torch.randint(n - 1, (n,), generator=self.generator, device=x.device)
+        second = second + (second >= first)
+        chosen, number = self._some_coordinates(n, dim)
+        short = self.short * 2.38 / (2 * number).sqrt()
+        short = short * 10 ** -torch.rand(n, 1, **self.like)
+        jump = kind < _WALK + _JUMP
+        jitter = 1e-3 * self.scale_tril.diagonal() * torch.randn(n, dim, **self.like)
+        difference = torch.where(jump, 1.0, short) * (other[first] - other[second]) + jitter
+        trial = x + torch.where(kind < _WALK, walk, chosen * difference)
+        energy, log_q = self._values(trial)
+        gain = self._log_density(energy, log_q) - self._log_density(
+            self.energy[moved], self.log_q[moved]
+        )
+        accept = torch.rand(n, **self.like).log() < gain
+        self.x[moved] = torch.where(accept[:, None], trial, x)
+        self.energy[moved] = torch.where(accept, energy, self.energy[moved])
+        self.log_q[moved] = torch.where(accept, log_q, self.log_q[moved])
+        kind = kind.squeeze(-1)
+        self.walk = _adapted(self.walk, accept[kind < _WALK], 0.25)
+        self.short = _adapted(self.short, accept[kind >= _WALK + _JUMP], 0.35)
+        return float(accept.double().mean())
+
+    def _some_coordinates(self, n: int, dim: int) -> tuple[Tensor, Tensor]:
+        """Masks (n, dim) of a few coordinates each, mostly one, and how many they are, (n, 1)."""
+        number = torch.exp(torch.rand(n, 1, **self.like) ** 3 * math.log(dim)).floor()
+        gone = (self.x - self.start).square().mean(0) / self.scale_tril.square().sum(-1)
+        # Two independent draws are two variances apart.
+        chance = 0.2 + (1 - 0.5 * gone).clamp(min=0)
+        key = chance.log() - torch.rand(n, dim, **self.like).log().neg().log()
+        if dim == 1:
+            return torch.ones_like(key), number
+        order = key.argsort(-1, descending=True)
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(dim, device=order.device).expand_as(order)
+        )
+        return (rank < number).to(key.dtype), number
+
+    def _exchange(self) -> float:
+        """Particles of one half exchange some coordinates with those of the other."""
+        n, dim = len(self.x) // 2, self.x.shape[1]
+        order = torch.randperm(2 * n, generator=self.generator, device=self.x.device)
+        first, second = order[:n], order[n:]
+        share = torch.rand(n, 1, **self.like)
+        number = torch.exp(share * math.log(max(2.0, dim / 2)))
+        mask = torch.rand(n, dim, **self.like) * dim < number
+        a, b = self.x[first], self.x[second]
+        trial = torch.cat([torch.where(mask, b, a), torch.where(mask, a, b)])
+        energy, log_q = self._values(trial)
+        index = torch.cat([first, second])
+        gain = self._log_density(energy, log_q) - self._log_density(
+            self.energy[index], self.log_q[index]
+        )
+        accept = torch.rand(n, **self.like).log() < gain[:n] + gain[n:]
+        index, taken = index[accept.repeat(2)], accept.repeat(2)
+        self.x[index], self.energy[index] = trial[taken], energy[taken]
+        self.log_q[index] = log_q[taken]
+        return float(accept.double().mean())
+
+
+def _adapted(scale: float, accepted: Tensor, wanted: float) -> float:
+    if len(accepted) == 0:
+        return scale
+    return min(4.0, max(1e-4, scale * math.exp(0.3 * (float(accepted.double().mean()) - wanted))))
+
+
+def _next_beta(work: Tensor, beta: float, least: float) -> float:
+    """The largest step in beta that leaves the population that effective sample size."""
+
+    def ess(new: float) -> float:
+        log_weight = torch.where(work < torch.inf, -(new - beta) * work, -torch.inf)
+        return float(effective_sample_size(log_weight))
+
+    if ess(1.0) >= least:
+        return 1.0
+    low, high = beta, 1.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if ess(middle) >= least else (low, middle)
+    return max(low, beta * 1.000001, 1e-12)

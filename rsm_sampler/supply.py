@@ -1,0 +1,286 @@
+r"""What a training run learns from: its bank of weighted points, from the search to the batches.
+
+The bank is found by the search, or is given; one that chains made gets gradients of the energy;
+one of independent draws grows when there is budget for it; one of chains gives way to draws of the
+trained sampler. Batches are drawn from it by weight, in the coordinates z of the network, which
+stay those of the first bank.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsm_sampler.bank import Bank
+from rsm_sampler.contexts import Contexts
+from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy_sampler import EnergySampler
+from rsm_sampler.gradients import (
+    GradientMethod,
+    autograd_gradient,
+    difference_gradient,
+    differentiable,
+    virial_holds,
+)
+from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.search import FEW_DIMENSIONS, search
+from rsm_sampler.trainer_config import TrainerConfig
+from rsm_sampler.transforms import Affine, Coordinates, MeanFree
+
+__all__ = ["Batch", "Supply"]
+
+Report = Callable[[str], None]
+_POINTS = 16_384  # of equal weight, in a renewed bank
+_LEAST_EFFECTIVE = 3000  # draws that may renew a bank
+_LEAST_HELPED = 512  # points with gradients
+
+
+class Batch(NamedTuple):
+    """Clean points with what the loss needs to know of them.
+
+    Attributes:
+        x_0: Points in coordinates z, (levels, points, dim).
+        gradient: Gradients of the energy there, or None.
+        stiffness: Their mean squares, infinite where there is no gradient, or None.
+        context: Contexts, (levels, points, context_dim), or None.
+    """
+
+    x_0: Tensor
+    gradient: Tensor | None
+    stiffness: Tensor | None
+    context: Tensor | None
+
+
+class Supply:
+    """The bank of one training run.
+
+    Arguments:
+        energy: The energy in the user's coordinates.
+        coordinates: What lies between those and unbounded ones.
+        config: The sizes.
+        generator: Source of randomness.
+        contexts: The law of contexts, if there are any.
+        gradients: Where gradients come from.
+
+    Attributes:
+        bank: The bank; None before there is one.
+        affine: From z to unbounded coordinates.
+        context: Contexts of the bank's rows, or None.
+    """
+
+    def __init__(
+        self,
+        energy: MeteredEnergy,
+        coordinates: Coordinates,
+        config: TrainerConfig,
+        generator: torch.Generator,
+        *,
+        contexts: Contexts | None,
+        gradients: GradientMethod,
+    ) -> None:
+        self.energy, self.coordinates, self.config = energy, coordinates, config
+        self.generator, self.contexts, self.gradients = generator, contexts, gradients
+        self.bank: Bank | None = None
+        self.affine = Affine.identity(coordinates.reduced)
+        self.context: Tensor | None = None
+
+    @property
+    def helped(self) -> bool:
+        """Whether the bank has gradients."""
+        return self.bank is not None and self.bank.gradient is not None
+
+    def find(
+        self,
+        *,
+        reserve: int,
+        share: float,
+        centre: Tensor | None,
+        scale: float | None,
+        report: Report,
+    ) -> None:
+        """The first bank, by the search.
+
+        Arguments:
+            reserve: Evaluations of the budget to leave for checks.
+            share: Of the rest, what the search may use.
+            centre: Where to look first.
+            scale: Width to look at.
+            report: Receives the name of each phase.
+        """
+        evaluations, bank_size = self.config.search_evaluations, self.config.bank_size
+        chains = self.config.chain_evaluations
+        if self.energy.remaining is not None:
+            free = int(share * max(256, self.energy.remaining - reserve))
+            evaluations = min(evaluations, int(0.35 * free))
+            bank_size = min(bank_size, free - evaluations)
+            chains = min(chains, (free - evaluations) // 2)  # as much for gradients and rounds
+        rows = 1
+        if self.contexts is not None:
+            rows = min(self.config.bank_contexts, max(1, bank_size // 128))
+        bank = search(
+            self._value,
+            self.coordinates.reduced,
+            evaluations=evaluations,
+            bank_size=bank_size,
+            chain_evaluations=chains,
+            generator=self.generator,
+            draw_context=None if self.contexts is None else self._scattered,
+            rows=rows,
+            centre=centre,
+            scale=scale,
+            check=self.energy.check,
+            report=lambda text: report(f"search: {text}"),
+        )
+        self.adopt(self._helped(bank, reserve, report))
+
+    def adopt(self, bank: Bank) -> None:
+        """Make a bank the source of batches."""
+        self.bank = bank
+        self.affine = self._affine(bank)
+        points = self.affine.inverse(bank.points).float()
+        self._points = points.reshape(-1, points.shape[-1])
+        self._columns = points.shape[1]
+        log_weight = bank.log_weight - torch.logsumexp(bank.log_weight, -1, keepdim=True)
+        self._cumulative = cumulative_weight(self._points, log_weight.reshape(-1))
+        self.context = None if bank.context is None else bank.context.float()
+        self._gradient: Tensor | None = None
+        if bank.gradient is None:
+            return
+        gradient = bank.gradient @ self.affine.scale_tril.to(bank.gradient)
+        gradient = gradient.reshape(self._points.shape).float()
+        known = ~gradient.isnan().any(-1, keepdim=True)
+        weight = torch.softmax(log_weight.reshape(-1), 0).float().unsqueeze(-1) * known
+        stiffness = (weight * gradient.nan_to_num().square()).sum(0) / weight.sum()
+        if isinstance(self.coordinates, MeanFree):  # no direction is another than the rest
+            stiffness = stiffness.mean().expand_as(stiffness)
+        self._gradient = gradient.nan_to_num()
+        self._stiffness = torch.where(known, stiffness, torch.inf)
+
+    def batch(self, levels: int, points: int) -> Batch:
+        """Clean points by weight, levels times points of them in no order."""
+        n = levels * points
+        index = stratified_indices(self._cumulative, n, self.generator)
+        # Stratified draws come sorted; so do the noise levels. Shuffle one of them.
+        order = torch.randperm(n, device=index.device, generator=self.generator)
+        index = index[order].view(levels, points)
+        gradient = stiffness = None
+        if self._gradient is not None:
+            gradient, stiffness = self._gradient[index], self._stiffness[index]
+        context = None if self.context is None else self.context[index // self._columns]
+        return Batch(self._points[index], gradient, stiffness, context)
+
+    def enlarge(self, reserve: int, report: Report) -> bool:
+        """With budget left that the bank could use, make it larger; whether it was."""
+        bank, left = self.bank, self.energy.remaining
+        if bank is None or bank.density is None or left is None or bank.context is not None:
+            return False
+        more = min(self.config.bank_size - bank.points.shape[1], left - reserve)
+        if more < 0.5 * bank.points.shape[1]:
+            return False
+        report("search: larger bank")
+        self.adopt(bank.extended(more, self._value, self.generator))
+        return True
+
+    def renew(self, sampler: EnergySampler, ess: float, reserve: int, report: Report) -> bool:
+        r"""A bank of chains gives way to the sampler's draws, if they serve; whether it did.
+
+        A step of mirror descent (13) from the law :math:`\pi` of the sampler to
+        :math:`\pi e^{-E} / \pi`, with exact weights, those of paths. They are resampled away.
+
+        Arguments:
+            sampler: The sampler, its generator at a seed.
+            ess: Share of the effective sample size at its check.
+            reserve: Evaluations of the budget to leave.
+            report: Receives the name of the phase.
+        """
+        bank, draws = self.bank, self.config.round_draws
+        if bank is None or bank.method not in {"chains", "paths"}:
+            return False
+        if self.energy.remaining is not None:
+            draws = min(draws, (self.energy.remaining - reserve) // 2)
+        if not ess * draws >= _LEAST_EFFECTIVE:
+            return False
+        report("renewed bank")
+        found = sampler.weighted_draws(draws, energy=self.energy, purpose="rounds")
+        log_weight = found.log_weight.double()
+        index = stratified_indices(
+            cumulative_weight(found.x, log_weight), min(_POINTS, draws), self.generator
+        )
+        index = index[torch.randperm(len(index), generator=self.generator, device=index.device)]
+        renewed = Bank.of_samples(
+            self.coordinates.inverse(found.x[index].double()),
+            method="paths",
+            log_z=float(torch.logsumexp(log_weight, 0)) - math.log(draws),
+            log_z_se=math.sqrt(max(0.0, 1 / found.ess - 1 / draws)),
+            ess=found.ess,
+        )
+        renewed.loc, renewed.scale_tril = bank.loc, bank.scale_tril  # the network's coordinates
+        self.adopt(self._helped(renewed, reserve, report))
+        return True
+
+    def _helped(self, bank: Bank, reserve: int, report: Report) -> Bank:
+        """The bank with gradients at its points, if it needs them and may have them."""
+        method = self.gradients
+        # In few dimensions a bank has points enough to do without.
+        many = self.coordinates.reduced > FEW_DIMENSIONS or isinstance(self.coordinates, MeanFree)
+        wanted = method != "none" and (many or method != "auto")
+        if not wanted or bank.context is not None or bank.method == "samples":
+            return bank
+        report("gradients")
+        affine = self._affine(bank)
+        z = affine.inverse(bank.points[0])
+        # The points that training will see, or of all snapshots some.
+        cumulative = cumulative_weight(z, bank.log_weight[0])
+        seen = stratified_indices(cumulative, min(len(z), _POINTS), self.generator).unique()
+
+        def to_x(z: Tensor) -> tuple[Tensor, Tensor]:
+            return self.coordinates.forward(affine.forward(z))
+
+        left = self.energy.remaining
+        if method == "auto":
+            works = differentiable(self.energy, to_x(z[:2])[0].float(), "gradients")
+            method = "autograd" if works else "differences"
+            if left is None and not works:
+                left = reserve + 2 * self.config.chain_evaluations
+        count = len(seen) if method == "autograd" else min(len(seen), _POINTS // 4)
+        if left is not None:
+            cost = 2 if method == "autograd" else 2 * z.shape[-1]
+            count = min(count, max(0, left - reserve) // (2 * cost))
+        if count < min(len(seen), _LEAST_HELPED):
+            return bank
+        chosen = seen[torch.arange(count, device=z.device) * len(seen) // count]
+        if method == "autograd":
+            found = autograd_gradient(self.energy, to_x, z[chosen], purpose="gradients")
+        else:
+            found = difference_gradient(
+                lambda z: self._value(affine.forward(z), purpose="gradients"), z[chosen]
+            )
+        if not virial_holds(z[chosen], found, torch.softmax(bank.log_weight[0][chosen], 0)):
+            return bank
+        gradient = torch.full_like(bank.points[0], torch.nan)
+        gradient[chosen] = torch.linalg.solve_triangular(
+            affine.scale_tril.to(found), found, upper=False, left=False
+        )
+        return dataclasses.replace(bank, gradient=gradient[None])
+
+    def _affine(self, bank: Bank) -> Affine:
+        affine = Affine(bank.loc, bank.scale_tril)
+        # What has no direction keeps none.
+        return affine.isotropic() if isinstance(self.coordinates, MeanFree) else affine
+
+    def _value(
+        self, u: Tensor, context: Tensor | None = None, *, purpose: str = "search"
+    ) -> Tensor:
+        """Energy of unbounded coordinates."""
+        x, log_det = self.coordinates.forward(u)
+        value = self.energy(
+            x.float(), None if context is None else context.float(), purpose=purpose
+        )
+        return value.double() - log_det
+
+    def _scattered(self, n: int) -> Tensor:
+        assert self.contexts is not None
+        return self.contexts.scattered(n, self.generator)

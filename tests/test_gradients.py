@@ -1,0 +1,233 @@
+"""Gradients at a bank's points, and what they do to the loss."""
+
+import math
+
+import pytest
+import torch
+
+import energies
+from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig
+from rsm_sampler.energy import EnergyError, MeteredEnergy
+from rsm_sampler.gradients import (
+    autograd_gradient,
+    difference_gradient,
+    differentiable,
+    virial_holds,
+)
+from rsm_sampler.losses import denoising_loss
+from rsm_sampler.transforms import Bounds
+
+DOUBLE = torch.float64
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def quartic(x):
+    return 0.25 * x.pow(4).sum(-1) + 0.5 * x[..., 0] * x[..., 1]
+
+
+def test_differences_are_gradients():
+    """Central differences of a quartic: the error is h^2 x, at most 0.01 * 3."""
+    z = torch.randn(200, 4, dtype=DOUBLE, generator=rng())
+    leaf = z.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(quartic(leaf).sum(), leaf)
+    found = difference_gradient(quartic, z)
+    torch.testing.assert_close(found, exact, atol=0.04, rtol=0)
+
+
+def test_differences_count_two_evaluations_a_coordinate():
+    meter = MeteredEnergy(quartic, 4)
+    difference_gradient(meter, torch.zeros(100, 4, dtype=DOUBLE))
+    assert meter.evaluations == 2 * 4 * (100 + 64)
+
+
+def test_rows_next_to_infinite_energies_have_no_gradient():
+    def energy(x):
+        return torch.where(x[:, 0] > 0, x.square().sum(-1), torch.inf)
+
+    z = torch.tensor([[1e-4, 1.0], [1.0, 1.0]], dtype=DOUBLE)
+    found = difference_gradient(energy, z)
+    assert bool(found[0].isnan().all())
+    torch.testing.assert_close(found[1], torch.tensor([2.0, 2.0], dtype=DOUBLE))
+
+
+def test_autograd_follows_the_bounds():
+    """The pulled-back gradient is that of the energy in unbounded coordinates, volume included."""
+    box = Bounds(0.0, 2.0, 2)
+    meter = MeteredEnergy(lambda x: quartic(x), 2)
+    u = torch.randn(50, 2, dtype=DOUBLE, generator=rng())
+    found = autograd_gradient(meter, box.forward, u)
+
+    def in_u(u):
+        x, log_det = box.forward(u)
+        return quartic(x) - log_det
+
+    leaf = u.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(in_u(leaf).sum(), leaf)
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-4)
+    assert meter.evaluations == 100
+
+
+def test_black_boxes_are_found_out():
+    x = torch.zeros(2, 3)
+    assert differentiable(MeteredEnergy(lambda x: x.square().sum(-1), 3), x, "gradients")
+    assert not differentiable(MeteredEnergy(lambda x: x.detach().sum(-1), 3), x, "gradients")
+
+
+def test_the_virial_theorem_tells_walls():
+    """A normal law passes; one cut in half does not: there E[x g] loses the boundary's part."""
+    x = torch.randn(20_000, 2, dtype=DOUBLE, generator=rng())
+    weight = torch.ones(len(x), dtype=DOUBLE)
+    assert virial_holds(x, x, weight)
+    half = x[:, 0] > 0
+    assert not virial_holds(x[half], x[half], weight[half])
+    flat = torch.rand(20_000, 2, dtype=DOUBLE, generator=rng())
+    assert not virial_holds(flat, torch.zeros_like(flat), weight)
+    unknown = torch.full_like(x, torch.nan)
+    assert not virial_holds(x, unknown, weight)
+
+
+# The loss
+
+
+def test_nothing_is_left_of_the_variance_for_a_normal_law():
+    """With the exact denoiser the helped loss is zero, whatever the noise."""
+    x_0 = torch.randn(100, 3, dtype=DOUBLE, generator=rng())
+    sigma = torch.logspace(-2, 1, 100, dtype=DOUBLE)
+
+    def denoise(x_t, sigma):
+        return x_t / (1 + sigma.square()).unsqueeze(-1)
+
+    plain = denoising_loss(denoise, x_0, sigma, generator=rng(1))
+    helped = denoising_loss(
+        denoise, x_0, sigma, gradient=x_0, stiffness=torch.ones(3, dtype=DOUBLE), generator=rng(1)
+    )
+    assert bool((plain > 1e-6).all())
+    torch.testing.assert_close(helped, torch.zeros_like(helped), atol=1e-20, rtol=0)
+
+
+def test_the_helped_target_has_the_same_mean():
+    """Double well: means of 4e5 targets given x_t, within 5 standard errors in 20 bins of x_t.
+
+    Bins whose mean would be off by a tenth of their spread are found; false alarm 1e-5.
+    """
+    target = energies.get("double-well")
+    dim = target.dim
+    x_0 = target.sample(400_000, generator=rng(), dtype=DOUBLE)
+    leaf = x_0.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(target(leaf).sum(), leaf)
+    stiffness = gradient.square().mean(0)
+    sigma, seen = 0.5, {}
+
+    def record(x_t, sigma):
+        seen["x_t"] = x_t
+        return torch.zeros_like(x_t).requires_grad_()
+
+    # loss = weight * |0 - y|^2: read y off by the gradient with respect to the output.
+    targets = {}
+    for name, help_ in (
+        ("plain", {}),
+        ("helped", {"gradient": gradient, "stiffness": stiffness}),
+    ):
+        output = {}
+
+        def denoise(x_t, sigma, output=output):
+            seen["x_t"] = x_t
+            output["D"] = torch.zeros_like(x_t).requires_grad_()
+            return output["D"]
+
+        loss = denoising_loss(denoise, x_0, sigma, loss_weight=1.0, generator=rng(1), **help_)
+        targets[name] = -0.5 * torch.autograd.grad(loss.sum(), output["D"])[0]
+    difference = (targets["helped"] - targets["plain"])[:, 0]
+    assert dim >= 1
+    order = seen["x_t"][:, 0].argsort()
+    for part in difference[order].chunk(20):
+        assert abs(float(part.mean())) < 5 * float(part.std()) / math.sqrt(len(part))
+    residual = {
+        k: float((v[:, 0][order].view(400, -1).var(-1)).mean()) for k, v in targets.items()
+    }
+    assert residual["helped"] < 0.9 * residual["plain"]
+
+
+def test_points_without_a_gradient_keep_their_target():
+    x_0 = torch.randn(10, 2, generator=rng())
+    stiffness = torch.full((10, 2), torch.inf)
+    denoise = lambda x_t, sigma: x_t  # noqa: E731
+    helped = denoising_loss(
+        denoise, x_0, 1.0, gradient=torch.zeros(10, 2), stiffness=stiffness, generator=rng(1)
+    )
+    assert torch.equal(helped, denoising_loss(denoise, x_0, 1.0, generator=rng(1)))
+
+
+@pytest.mark.bad_input
+def test_gradients_come_with_their_mean_square():
+    with pytest.raises(ValueError, match="gradient and stiffness must be given together"):
+        denoising_loss(lambda x, s: x, torch.zeros(3, 2), 1.0, gradient=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="gradients must be one of"):
+        EnergyDiffusionTrainer(quartic, 2, gradients="exact")
+
+
+# The trainer
+
+SMALL = TrainerConfig(
+    chain_evaluations=60_000,
+    round_draws=8192,
+    steps_per_cycle=300,
+    max_cycles=2,
+    width=32,
+    depth=2,
+    check_draws=512,
+)
+
+
+@pytest.mark.parametrize("gradients", ["auto", "differences", "none"])
+def test_eighteen_dimensions_from_an_energy(gradients):
+    """Two unequal wells in one coordinate of 18; the bank of the last cycle is renewed."""
+
+    def energy(x):
+        first = x[:, 0]
+        wells = torch.logaddexp(
+            -0.5 * ((first - 2) / 0.5).square() + math.log(0.7),
+            -0.5 * ((first + 2) / 0.5).square() + math.log(0.3),
+        )
+        return 0.5 * x[:, 1:].square().sum(-1) - wells
+
+    exact = 9 * math.log(2 * math.pi) + math.log(0.5)
+    trainer = EnergyDiffusionTrainer(energy, 18, gradients=gradients, seed=1, config=SMALL)
+    sampler = trainer.fit(progress=False)
+    counts = trainer.energy.counts
+    assert ("gradients" in counts) == (gradients != "none")
+    if gradients == "auto":
+        assert trainer.supply.helped
+        assert counts["gradients"] <= 4 * 16_384 + 4
+    if gradients != "none":
+        assert trainer.bank.method == "paths"
+        assert counts["rounds"] == 8192
+        assert abs(trainer.bank.log_z - exact) < 6 * trainer.bank.log_z_se + 0.01
+        share = float((sampler.sample(4000)[:, 0] > 0).double().mean())
+        assert abs(share - 0.7) < 0.06
+    state = trainer.state()
+    again = EnergyDiffusionTrainer(energy, 18, gradients=gradients, seed=1, config=SMALL)
+    again.load_state(state)
+    assert torch.equal(again.supply.batch(4, 2).x_0, trainer.supply.batch(4, 2).x_0)
+
+
+def test_an_energy_with_walls_goes_without_gradients():
+    def energy(x):
+        inside = (x.abs() < 1).all(-1)
+        return torch.where(inside, 0.1 * x.square().sum(-1), torch.inf)
+
+    trainer = EnergyDiffusionTrainer(energy, 14, config=SMALL, scale=0.5)
+    trainer.fit(progress=False, max_cycles=1)
+    assert trainer.bank.method == "chains"
+    assert not trainer.supply.helped
+
+
+def test_wanted_autograd_of_a_black_box_is_an_error():
+    trainer = EnergyDiffusionTrainer(
+        lambda x: 0.5 * x.detach().square().sum(-1), 14, gradients="autograd", config=SMALL
+    )
+    with pytest.raises(EnergyError, match="differentiable"):
+        trainer.fit(progress=False)
