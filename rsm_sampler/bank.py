@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_sampler.densities import KernelDensity, weighted_moments
+from rsm_sampler.densities import Density, density_from_state, weighted_moments
 from rsm_sampler.estimators import effective_sample_size
 
 __all__ = ["Bank", "Evaluate"]
@@ -52,12 +52,12 @@ class Bank:
     log_z: float
     log_z_se: float
     ess: float
-    density: KernelDensity | None = None
+    density: Density | None = None
     gradient: Tensor | None = None
 
     @classmethod
     def of_draws(
-        cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: KernelDensity
+        cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: Density
     ) -> "Bank":
         """A bank of independent draws with exact weights; it works out the rest."""
         columns = log_weight.shape[1]
@@ -128,5 +128,5 @@ class Bank:
             k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()
         }
         if state["density"] is not None:
-            moved["density"] = KernelDensity.from_state(state["density"], device)
+            moved["density"] = density_from_state(state["density"], device)
         return cls(**moved)

@@ -13,7 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["KernelDensity", "StudentT", "weighted_moments"]
+__all__ = [
+    "Density",
+    "KernelDensity",
+    "Mixture",
+    "StudentT",
+    "density_from_state",
+    "weighted_moments",
+]
 
 TAIL = 5.0  # degrees of freedom of the broad proposals
 
@@ -170,6 +177,94 @@ class KernelDensity:
             pieces.append(torch.logsumexp(exponent.log1p_().mul_(-half).add_(offset), -1))
         near = torch.cat(pieces) + math.log1p(-self.share)
         return torch.logaddexp(near, self.broad.log_prob(x) + math.log(self.share))
+
+
+class Mixture:
+    r"""Student-t laws with shares of their own, and a twentieth of a broad law.
+
+    .. math:: q(x) = (1 - \delta) \sum_k a_k\, t_\nu(x; m_k, S_k) + \delta\, q_{\rm broad}(x)
+
+    Arguments:
+        weight: The shares :math:`a_k`, (K), summing to 1.
+        loc: Locations, (K, dim).
+        scale_tril: Cholesky factors of the shape matrices, (K, dim, dim).
+        broad: The broad law.
+        df: Degrees of freedom.
+        share: The share of the broad law, :math:`\delta`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        loc: Tensor,
+        scale_tril: Tensor,
+        broad: StudentT,
+        df: float,
+        *,
+        share: float = 0.05,
+    ) -> None:
+        self.weight, self.loc, self.scale_tril = weight, loc, scale_tril
+        self.broad, self.df, self.share = broad, df, share
+        self.parts = [StudentT(m, tril, df) for m, tril in zip(loc, scale_tril, strict=True)]
+
+    def sample(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n dim"]:
+        """Draw n points, component by component."""
+        num_broad = round(self.share * n)
+        # Whole numbers with the right expectation: systematic draws of the component.
+        offset = torch.rand((), dtype=torch.float64, device=self.loc.device, generator=generator)
+        edges = (self.weight.double().cumsum(0) * (n - num_broad) + offset).floor().long().tolist()
+        edges[-1] = n - num_broad
+        counts = [high - low for low, high in zip([0, *edges], edges, strict=False)]
+        pieces = [
+            part.sample(count, generator) for part, count in zip(self.parts, counts, strict=True)
+        ]
+        return torch.cat([*pieces, self.broad.sample(num_broad, generator)])
+
+    def log_probs(
+        self, x: Float[Tensor, "n dim"]
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n parts"]]:
+        """Log-density, and the terms of the sum over components."""
+        terms = torch.stack([part.log_prob(x) for part in self.parts], -1) + self.weight.log()
+        terms = terms + math.log1p(-self.share)
+        broad = self.broad.log_prob(x) + math.log(self.share)
+        return torch.logaddexp(torch.logsumexp(terms, -1), broad), terms
+
+    def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
+        """Log-density."""
+        return self.log_probs(x)[0]
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that make the same density again."""
+        broad = self.broad
+        return {
+            "parts": self.loc,
+            "weight": self.weight,
+            "tril": self.scale_tril,
+            "loc": broad.loc,
+            "scale_tril": broad.scale_tril,
+            "df": broad.df,
+            "tail": self.df,
+            "share": self.share,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> "Mixture":
+        """The density of :meth:`state`."""
+        parts, weight, tril, loc, scale_tril = (
+            state[key].to(device) for key in ("parts", "weight", "tril", "loc", "scale_tril")
+        )
+        broad = StudentT(loc, scale_tril, state["df"])
+        return cls(weight, parts, tril, broad, state["tail"], share=state["share"])
+
+
+Density = KernelDensity | Mixture
+"""What a bank's points are drawn from."""
+
+
+def density_from_state(state: dict[str, Any], device: torch.device) -> Density:
+    """The density of a ``state()``."""
+    kind = Mixture if "parts" in state else KernelDensity
+    return kind.from_state(state, device)
 
 
 def weighted_moments(

@@ -70,18 +70,22 @@ def difference_gradient(
     value: Callable[[Tensor], Tensor],
     z: Float[Tensor, "n dim"],
     *,
+    step: Float[Tensor, " dim"] | None = None,
     chunk: int = 65_536,
 ) -> Float[Tensor, "n dim"]:
     r"""Gradients from central differences of energy values, 2 d of them for each point.
 
-    Steps are a tenth of :math:`(\mathbb E\, g_i^2)^{-1/2}`, the length over which the energy
-    changes by about one; it is measured on 64 of the points.
+    Unless they are given, steps are a tenth of :math:`(\mathbb E\, g_i^2)^{-1/2}`, the length over
+    which the energy changes by about one; it is measured on 64 of the points.
 
     Arguments:
         value: Energies (n) of points (n, dim); infinite ones give a gradient of NaN.
-        z: Points, about a unit wide.
+        z: Points, about a unit wide if no steps are given.
+        step: The step in every coordinate.
         chunk: Evaluations at a time.
     """
+    if step is not None:
+        return _differences(value, z, step, chunk)
     step = torch.full_like(z[0], _FIRST_STEP)
     pilot = _differences(value, z[:: max(1, len(z) // _PILOT)][:_PILOT], step, chunk)
     square = pilot.square().nanmean(0).nan_to_num(1.0)

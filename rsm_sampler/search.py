@@ -13,9 +13,11 @@ are known exactly at every step:
    the broad Student-t, which guards against what the kernels missed. Four rounds.
 3. **Bank.** Many draws of the last proposal with :math:`\log w = -E(x) - \log q(x)`: weighted
    samples of the target, an estimate of log Z, and the training data of loss (13).
-4. **Chains.** Where a bank would not be worth its evaluations (high dimensions), a population
-   walks from the last Student-t to the target (:mod:`rsm_sampler.sequential`). It gives equally
-   weighted, dependent samples.
+4. **Basins.** In more dimensions a mixture with a component for each basin of the energy is tried
+   for the bank (:mod:`rsm_sampler.basins`).
+5. **Chains.** Where no bank would be worth its evaluations, a population walks from the last
+   Student-t to the target (:mod:`rsm_sampler.sequential`). It gives equally weighted, dependent
+   samples.
 
 With contexts every row of points belongs to one context, and weights are normalised in each row.
 
@@ -33,9 +35,12 @@ import torch
 from torch import Tensor
 
 from rsm_sampler.bank import Bank, Evaluate
+from rsm_sampler.basins import Slope, mixture_of_basins
 from rsm_sampler.densities import (
     TAIL,
+    Density,
     KernelDensity,
+    Mixture,
     StudentT,
     weighted_moments,
 )
@@ -60,6 +65,8 @@ def search(
     evaluations: int,
     bank_size: int,
     chain_evaluations: int | None = None,
+    slope: Slope | None = None,
+    slope_cost: int = 0,
     generator: torch.Generator,
     draw_context: Callable[[int], Tensor] | None = None,
     rows: int = 1,
@@ -75,8 +82,10 @@ def search(
         dim: Length of a point.
         evaluations: Most energy evaluations before the bank.
         bank_size: Energy evaluations of the bank itself.
-        chain_evaluations: Energy evaluations of chains, where they take the bank's place; what is
-            left of both numbers above if None.
+        chain_evaluations: Energy evaluations of chains, where they take the bank's place; looking
+            for basins takes a third as many. What is left of both numbers above if None.
+        slope: Gradients of the energy; basins are looked for with them.
+        slope_cost: Evaluations that a gradient costs.
         generator: Source of randomness.
         draw_context: Draws that many contexts; None without contexts.
         rows: Number of contexts in the bank.
@@ -109,7 +118,15 @@ def search(
             return finder.bank(kernels, bank_size, rows)
     if draw_context is not None:
         return finder.bank(finder.density(found, beta, proposal, share=0.3), bank_size, rows)
-    return finder.chains(proposal, chain_evaluations or evaluations - finder.spent + bank_size)
+    left = chain_evaluations or evaluations - finder.spent + bank_size
+    if slope is not None and dim > FEW_DIMENSIONS:
+        before = finder.spent
+        mixture = finder.basins(proposal, slope, slope_cost, left // 3)
+        if mixture is not None:
+            return finder.bank(mixture, min(bank_size, left // 2), rows)
+        if chain_evaluations is None:
+            left -= finder.spent - before
+    return finder.chains(proposal, left)
 
 
 @dataclass
@@ -328,7 +345,7 @@ class _Finder:
         wide = StudentT(proposal.loc, proposal.scale_tril * 1.2)
         return self.density(found, beta, wide, most=1500), found
 
-    def bank(self, density: KernelDensity, size: int, rows: int) -> Bank:
+    def bank(self, density: Density, size: int, rows: int) -> Bank:
         """Stage 3: the bank."""
         self._note("bank")
         size -= size % rows
@@ -338,8 +355,33 @@ class _Finder:
         found, context = self._evaluated(x, density.log_prob(x), rows)
         return Bank.of_draws(found.x, found.log_weight(1.0), context, density)
 
+    def basins(
+        self,
+        proposal: StudentT,
+        slope: Slope,
+        slope_cost: int,
+        evaluations: int,
+    ) -> Mixture | None:
+        """Stage 4: a mixture over the basins of the energy, if it is worth a bank."""
+        self._note("basins")
+        tried = 2048
+        mixture, spent = mixture_of_basins(
+            lambda x: self.evaluate(x, None),
+            slope,
+            slope_cost,
+            proposal,
+            evaluations - tried,
+            self.generator,
+        )
+        self.spent += spent
+        if mixture is None:
+            return None
+        x = mixture.sample(tried, self.generator)
+        found, _ = self._evaluated(x, mixture.log_prob(x), 1)
+        return mixture if float(found.ess(1.0)) >= 0.02 * tried else None
+
     def chains(self, proposal: StudentT, evaluations: int) -> Bank:
-        """Stage 4: a population that walks from the proposal to the target."""
+        """Stage 5: a population that walks from the proposal to the target."""
         size = max(16, min(512, evaluations // 256))
         visited = sequential_monte_carlo(
             lambda x: self.evaluate(x, None),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rsm_sampler.bank import Bank
+from rsm_sampler.basins import Slope
 from rsm_sampler.contexts import Contexts
 from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.energy_sampler import EnergySampler
@@ -117,6 +118,7 @@ class Supply:
             evaluations = min(evaluations, int(0.35 * free))
             bank_size = min(bank_size, free - evaluations)
             chains = min(chains, (free - evaluations) // 2)  # as much for gradients and rounds
+        slope, cost = self._slope()
         rows = 1
         if self.contexts is not None:
             rows = min(self.config.bank_contexts, max(1, bank_size // 128))
@@ -126,6 +128,8 @@ class Supply:
             evaluations=evaluations,
             bank_size=bank_size,
             chain_evaluations=chains,
+            slope=slope,
+            slope_cost=cost,
             generator=self.generator,
             draw_context=None if self.contexts is None else self._scattered,
             rows=rows,
@@ -265,6 +269,22 @@ class Supply:
             affine.scale_tril.to(found), found, upper=False, left=False
         )
         return dataclasses.replace(bank, gradient=gradient[None])
+
+    def _slope(self) -> tuple[Slope | None, int]:
+        """Gradients in unbounded coordinates, for the search, and what one costs."""
+        dim, by_values = self.coordinates.reduced, self.gradients == "differences"
+        if dim <= FEW_DIMENSIONS or self.gradients == "none" or self.contexts is not None:
+            return None, 0
+        if not by_values:
+            x = self.coordinates.forward(torch.zeros(2, dim, device=self.generator.device))[0]
+            by_values = not differentiable(self.energy, x, "search")
+
+        def slope(u: Tensor, width: Tensor) -> Tensor:
+            if by_values:
+                return difference_gradient(self._value, u, step=1e-3 * width)
+            return autograd_gradient(self.energy, self.coordinates.forward, u, purpose="search")
+
+        return slope, 2 * dim if by_values else 2
 
     def _affine(self, bank: Bank) -> Affine:
         affine = Affine(bank.loc, bank.scale_tril)

@@ -184,7 +184,10 @@ SMALL = TrainerConfig(
 
 @pytest.mark.parametrize("gradients", ["auto", "differences", "none"])
 def test_eighteen_dimensions_from_an_energy(gradients):
-    """Two unequal wells in one coordinate of 18; the bank of the last cycle is renewed."""
+    """Two unequal wells in one coordinate of 18: a bank of basins, or chains and a renewed bank.
+
+    By differences a descent is too dear for this budget.
+    """
 
     def energy(x):
         first = x[:, 0]
@@ -202,9 +205,10 @@ def test_eighteen_dimensions_from_an_energy(gradients):
     if gradients == "auto":
         assert trainer.supply.helped
         assert counts["gradients"] <= 4 * 16_384 + 4
+    assert counts.get("rounds", 0) == (8192 if trainer.bank.method == "paths" else 0)
+    if gradients != "none":  # without, the weights may be worth too little for a round
+        assert trainer.bank.method == {"auto": "bank", "differences": "paths"}[gradients]
     if gradients != "none":
-        assert trainer.bank.method == "paths"
-        assert counts["rounds"] == 8192
         assert abs(trainer.bank.log_z - exact) < 6 * trainer.bank.log_z_se + 0.01
         share = float((sampler.sample(4000)[:, 0] > 0).double().mean())
         assert abs(share - 0.7) < 0.06

@@ -2,7 +2,7 @@ r"""Hard energies: many dimensions, many modes, particles; and what plain chains
 
     python examples/benchmarks/boltzmann.py                        # all that is not measured yet
     python examples/benchmarks/boltzmann.py --targets many-well-32 --methods rsm pt --seeds 0
-    python examples/benchmarks/boltzmann.py --table                # docs/boltzmann.md
+    python examples/benchmarks/boltzmann_page.py                   # docs/boltzmann.md
 
 Methods:
 * ``rsm``: the trainer with its defaults; gradients by autograd at the points of the bank;

@@ -1,0 +1,284 @@
+r"""A mixture with one component for each basin of the energy, adapted by its own weights.
+
+Where a target has few modes, each roughly an ellipsoid, importance sampling works in hundreds of
+dimensions: draws are independent and their weights exact, however far apart the modes are. That
+is more than any population of chains can promise, so it is tried first:
+
+1. **Scouts** start far and wide and go downhill, along gradients with Barzilai and Borwein's
+   steps. A narrow basin beside a wide one is not seen from afar.
+2. **Basins.** Scouts belong together if the energy half-way between them is not above the lower
+   of the two. If most scouts are alone, there are too many modes for this: it ends here.
+3. **Components.** Walks within each basin give it a mean and a covariance, shrunk to what all
+   basins share.
+4. **Adaptation.** Draws of the mixture are weighted towards the target, as far as the weights
+   allow, and give each component its share, mean and covariance anew.
+
+References:
+    | Adaptive importance sampling in general mixture classes (Cappé et al., 2008)
+    | https://doi.org/10.1007/s11222-008-9059-x
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsm_sampler.densities import Mixture, StudentT
+from rsm_sampler.estimators import effective_sample_size
+
+__all__ = ["Slope", "mixture_of_basins"]
+
+Slope = Callable[[Tensor, Tensor], Tensor]
+"""Gradients (n, dim) of an energy at points (n, dim), where it has the given widths (dim)."""
+
+_TAIL = 20.0  # degrees of freedom: in many dimensions heavier tails hardly meet the target
+_FIRST, _MORE, _ALL, _FEWEST = 96, 232, 1024, 16  # scouts
+_ROUNDS = 6
+_SNAPSHOTS = 12  # of the walks within basins
+_SLACK = 1.0  # nats that a descent may have left
+_DESCENT = 100  # steps downhill, at most
+_MEMORY = 5  # energies that a step may not exceed
+_AT_REST = 1e-3  # nats in a step
+_NEAREST, _FARTHEST = 0.25, 256.0  # where scouts start, in units of what the bracket found
+
+
+def mixture_of_basins(
+    evaluate: Callable[[Tensor], Tensor],
+    slope: Slope,
+    slope_cost: int,
+    broad: StudentT,
+    evaluations: int,
+    generator: torch.Generator,
+) -> tuple[Mixture | None, int]:
+    """The adapted mixture, or None where there are too many basins; and evaluations spent.
+
+    Arguments:
+        evaluate: Energies (n) of points (n, dim).
+        slope: Its gradients.
+        slope_cost: Evaluations that a gradient costs.
+        broad: A law that covers the target; it stays a part of the mixture.
+        evaluations: Most evaluations.
+        generator: Source of randomness.
+    """
+    finder = _Basins(evaluate, slope, slope_cost, broad, generator)
+    dim = len(broad.loc)
+    cost = _DESCENT * (1 + slope_cost)
+    first = min(_FIRST, evaluations // (2 * cost))
+    if first < _FEWEST:
+        return None, 0
+    x, energy = finder.scouts(finder.anywhere(first))
+    if len(x) < _FEWEST:  # far away the energy is infinite nearly everywhere
+        return None, finder.spent
+    label = finder.basins(x, energy)
+    number = int(label.amax()) + 1
+    if number > 0.6 * len(x):
+        return None, finder.spent
+    each = finder.spent / first
+    while number > 1 and len(x) < _ALL:
+        # The spread of those found tells where to look for more, and grows with them.
+        more = min(_MORE, _ALL - len(x), int((evaluations // 2 - finder.spent) / each))
+        if more < 1:
+            break
+        again, its_energy = finder.scouts(finder.between(x, label, more))
+        x, energy = torch.cat([x, again]), torch.cat([energy, its_energy])
+        label = finder.basins(x, energy)
+    # Walks take what adaptation leaves: those of a few scouts for each basin will do.
+    steps = max(200, 6 * dim)
+    size = min(16_384, evaluations // (3 * _ROUNDS))
+    walkers = (evaluations - finder.spent - _ROUNDS * size) // steps
+    if walkers < 2 * (int(label.amax()) + 1) or size < 16 * dim:
+        return None, finder.spent
+    chosen = _spread(label, walkers)
+    mixture = finder.components(x[chosen], energy[chosen], label[chosen], steps)
+    for _ in range(_ROUNDS):
+        mixture = finder.adapted(mixture, size)
+    return mixture, finder.spent
+
+
+class _Basins:
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], Tensor],
+        slope: Slope,
+        slope_cost: int,
+        broad: StudentT,
+        generator: torch.Generator,
+    ) -> None:
+        self._energy, self._gradient, self.slope_cost = evaluate, slope, slope_cost
+        self.broad, self.generator = broad, generator
+        self.spent = 0
+
+    def _slope(self, x: Tensor) -> Tensor:
+        self.spent += self.slope_cost * len(x)
+        width = self.broad.scale_tril.diagonal()
+        return self._gradient(x, width).to(x.dtype).nan_to_num()
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        self.spent += len(x)
+        return self._energy(x).to(x.dtype)
+
+    def _walk(self, x: Tensor, energy: Tensor, steps: int) -> Tensor:
+        """Snapshots (kept, n, dim) of Metropolis walks, each with a step length of its own."""
+        like: dict[str, Any] = {
+            "dtype": x.dtype, "device": x.device, "generator": self.generator
+        }  # fmt: skip
+        length = torch.full_like(x[:, :1], 0.2 / math.sqrt(x.shape[-1]))
+        kept = []
+        for i in range(steps):
+            trial = x + length * (torch.randn(x.shape, **like) @ self.broad.scale_tril.mT)
+            trial_energy = self.evaluate(trial)
+            accept = torch.rand(len(x), **like).log() < energy - trial_energy
+            x = torch.where(accept[:, None], trial, x)
+            energy = torch.where(accept, trial_energy, energy)
+            gain = max(0.1, 1 / (1 + i) ** 0.6)
+            length = length * torch.exp(gain * (accept[:, None].to(x.dtype) - 0.25))
+            if (steps - 1 - i) % max(1, steps // _SNAPSHOTS) == 0 and i >= steps // 3:
+                kept.append(x)
+        return torch.stack(kept)
+
+    def anywhere(self, number: int) -> Tensor:
+        """Points near and far: the bracket may have closed in on a part of the modes already."""
+        x = self.broad.sample(number, self.generator)
+        u = torch.rand(number, 1, dtype=x.dtype, device=x.device, generator=self.generator)
+        return self.broad.loc + (x - self.broad.loc) * _NEAREST * (_FARTHEST / _NEAREST) ** u
+
+    def between(self, x: Tensor, label: Tensor, number: int) -> Tensor:
+        """Points spread as the basins found so far are.
+
+        From nearer only those in the middle would be found, from farther off only the outer ones.
+        """
+        rest = torch.stack([x[label == k][0] for k in range(int(label.amax()) + 1)])
+        # Coordinate by coordinate: the basins not found yet lie in no span of the others.
+        scale = (rest.var(0, correction=0) + self.broad.scale_tril.square().sum(-1)).sqrt()
+        start = StudentT(rest.mean(0), scale.diag(), _TAIL)
+        return start.sample(number, self.generator)
+
+    def scouts(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Ends of descents from given points, where they came to rest."""
+        tril, x = self.broad.scale_tril, start
+        energy = self.evaluate(x)
+        x, energy = x[energy.isfinite()], energy[energy.isfinite()]
+        slope = self._slope(x) @ tril  # in the broad law's metric
+        length = 0.01 / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        before = energy.expand(_MEMORY, -1).clone()
+        for i in range(_DESCENT):
+            trial = x - (length * slope) @ tril.mT
+            trial_energy = self.evaluate(trial)
+            # These steps are fast because they may climb now and then: below one of the last few.
+            down = (trial_energy <= before.amax(0)) & trial_energy.isfinite()
+            new_slope = self._slope(trial) @ tril
+            step = -length * slope
+            change = new_slope - slope
+            curvature = (step * change).sum(-1, keepdim=True)
+            ratio = step.square().sum(-1, keepdim=True) / curvature
+            # No convexity along the step: go further next time.
+            ratio = torch.where(curvature > 0, ratio, 2 * length).nan_to_num(0.0, 0.0, 0.0)
+            length = torch.where(down[:, None], ratio, 0.25 * length)
+            at_rest = bool(((trial_energy - energy).abs() < _AT_REST).all())
+            x = torch.where(down[:, None], trial, x)
+            slope = torch.where(down[:, None], new_slope, slope)
+            energy = torch.where(down, trial_energy, energy)
+            before[i % _MEMORY] = energy
+            if at_rest:
+                break
+        return x, energy
+
+    def basins(self, x: Tensor, energy: Tensor) -> Tensor:
+        """The basin of each point: no barrier half-way to its lowest member."""
+        label = torch.full((len(x),), -1, dtype=torch.long, device=x.device)
+        number = 0
+        while bool((label < 0).any()):
+            free = (label < 0).nonzero()[:, 0]
+            centre = free[energy[free].argmin()]
+            half_way = self.evaluate(0.5 * (x[free] + x[centre]))
+            same = half_way <= energy[centre] + _SLACK  # and the centre is the lowest
+            same |= free == centre
+            label[free[same]] = number
+            number += 1
+        return label
+
+    def components(self, x: Tensor, energy: Tensor, label: Tensor, steps: int) -> Mixture:
+        """One component for each basin, from walks of its members."""
+        points = self._walk(x, energy, steps)
+        member = torch.nn.functional.one_hot(label, int(label.amax()) + 1).to(x.dtype)  # (n, K)
+        weight = member.expand(len(points), -1, -1).flatten(0, 1)
+        flat = points.flatten(0, 1)
+        # Few walks tell little of where the middle is: it is drawn towards where they started.
+        count = weight.sum(0)[:, None] / 4  # of snapshots, which depend on each other
+        rest = member.mT @ x / member.sum(0)[:, None]
+        mean = weight.mT @ flat / weight.sum(0)[:, None]
+        loc = torch.lerp(rest, mean, count / (count + x.shape[-1]))
+        return self._fitted(flat, weight / weight.sum(), loc=loc)
+
+    def _fitted(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        loc: Tensor | None = None,
+        before: Mixture | None = None,
+    ) -> Mixture:
+        """Components from points with a weight for each component, (n, K), of total one."""
+        share = weight.sum(0)
+        own = weight / share.clamp(min=1e-300)
+        loc = own.mT @ x if loc is None else loc
+        dim = x.shape[-1]
+        worth = 1 / own.square().sum(0).clamp(min=1e-300)  # effective points of each
+        covariance = torch.stack([
+            (own[:, k : k + 1] * (x - loc[k])).mT @ (x - loc[k]) for k in range(len(loc))
+        ])  # fmt: skip
+        counted = worth.clamp(min=0) * (share > 0)
+        pooled = (counted[:, None, None] * covariance).sum(0) / counted.sum()
+        diagonal = pooled.diagonal().clamp(min=1e-300)
+        few = dim / (dim + counted.sum())
+        pooled = (1 - few) * pooled + few * diagonal.diag()
+        trust = (counted / (counted + 4 * dim))[:, None, None]
+        covariance = trust * covariance + (1 - trust) * pooled
+        if before is not None:  # a component that hardly any point speaks for stays what it was
+            poor = worth < 2 * math.sqrt(dim)
+            loc = torch.where(poor[:, None], before.loc, loc)
+            covariance = torch.where(
+                poor[:, None, None], before.scale_tril @ before.scale_tril.mT, covariance
+            )
+        jitter = 1e-9 * diagonal.diag()
+        least = 0.1 / len(share)
+        share = share.clamp(min=least)
+        return Mixture(
+            share / share.sum(), loc, torch.linalg.cholesky(covariance + jitter), self.broad, _TAIL
+        )
+
+    def adapted(self, mixture: Mixture, size: int) -> Mixture:
+        """The mixture after draws of its own, weighted towards the target."""
+        x = mixture.sample(size, self.generator)
+        log_q, of_components = mixture.log_probs(x)
+        energy = self.evaluate(x)
+        work = torch.where(energy.isfinite(), energy + log_q, torch.inf)
+        if not bool(work.isfinite().any()):
+            return mixture
+        beta = _largest_power(work, 0.2 * size)
+        weight = torch.softmax(-beta * work, 0)
+        return self._fitted(x, weight[:, None] * torch.softmax(of_components, -1), before=mixture)
+
+
+def _spread(label: Tensor, number: int) -> Tensor:
+    """At most so many indices, of all labels as equally as they can be had."""
+    member = torch.nn.functional.one_hot(label).cumsum(0).gather(1, label[:, None])[:, 0]
+    return member.argsort(stable=True)[:number]
+
+
+def _largest_power(work: Tensor, least: float) -> float:
+    """The largest power of the weights, at most one, with that effective sample size."""
+
+    def ess(beta: float) -> float:
+        log_weight = torch.where(work < torch.inf, -beta * work, -torch.inf)
+        return float(effective_sample_size(log_weight))
+
+    if ess(1.0) >= least:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if ess(middle) >= least else (low, middle)
+    return low

@@ -1,0 +1,132 @@
+"""Mixtures over the basins of an energy: exact weights for modes far apart in many dimensions."""
+
+import math
+
+import pytest
+import torch
+
+import energies
+from rsm_sampler.bank import Bank
+from rsm_sampler.basins import _Basins, mixture_of_basins
+from rsm_sampler.densities import Mixture, StudentT, density_from_state
+from rsm_sampler.energy import MeteredEnergy
+
+DOUBLE = torch.float64
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def broad(dim, scale):
+    return StudentT(torch.zeros(dim, dtype=DOUBLE), scale * torch.eye(dim, dtype=DOUBLE))
+
+
+def distant(dim=20):
+    """Three Gaussians of unequal shares, 20 to 30 widths apart."""
+    loc = torch.zeros(3, dim)
+    loc[1, :2] = torch.tensor([20.0, 5.0])
+    loc[2, 1:4] = torch.tensor([-20.0, 10.0, 10.0])
+    return energies.GaussianMixture(loc, torch.ones(3), weights=[0.5, 0.2, 0.3])
+
+
+def slope_of(energy):
+    def slope(x, width):
+        leaf = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(energy(leaf).sum(), leaf)[0]
+
+    return slope
+
+
+def find(target, dim, scale, evaluations, cost=2):
+    meter = MeteredEnergy(target, dim)
+    mixture, spent = mixture_of_basins(
+        meter, slope_of(target), cost, broad(dim, scale), evaluations, rng()
+    )
+    return mixture, spent, meter.evaluations
+
+
+def test_shares_of_distant_modes_and_log_z():
+    """Within 5 standard errors of the delta method, which are below 0.02; false alarm 3e-6."""
+    target = distant()
+    mixture, spent, values = find(target, 20, 12.0, 300_000)
+    assert values < spent <= 300_000
+    assert len(mixture.loc) == 3
+    x = mixture.sample(30_000, rng(1))
+    log_weight = -target(x) - mixture.log_prob(x)
+    weight = torch.softmax(log_weight, 0)
+    assert float(1 / weight.square().sum()) > 0.3 * len(x)
+    seen = target.responsibilities(x).double()
+    share = weight @ seen
+    se = (weight.square() @ (seen - share).square()).sqrt()
+    assert bool((se < 0.02).all())
+    assert bool(((share - target.mode_weights).abs() < 5 * se).all())
+    log_z = float(torch.logsumexp(log_weight, 0)) - math.log(len(x))
+    assert abs(log_z) < 5 / math.sqrt(0.3 * len(x))
+
+
+def test_too_many_basins_are_left_to_chains():
+    target = energies.get("many-well-32")
+    mixture, spent, _ = find(target, 32, 3.0, 400_000)
+    assert mixture is None
+    assert spent < 40_000
+
+
+def test_few_evaluations_are_left_to_chains():
+    mixture, spent, _ = find(distant(), 20, 12.0, 5000, cost=40)
+    assert (mixture, spent) == (None, 0)
+
+
+def test_descents_come_to_rest_in_curved_valleys():
+    """From afar to the minimum of a stretched bowl: condition number 100, within 0.2 nats."""
+    width = torch.logspace(-1, 0, 6, dtype=DOUBLE)
+
+    def energy(x):
+        return 0.5 * ((x - 3) / width).square().sum(-1)
+
+    finder = _Basins(energy, slope_of(energy), 2, broad(6, 3.0), rng())
+    x, value = finder.scouts(finder.anywhere(32))
+    assert float(value.quantile(0.9)) < 0.2
+    assert int(finder.basins(x, value).bincount().amax()) >= 29
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_the_density_of_a_mixture_is_that_of_its_draws(share):
+    """Densities over another law's have mean one: within 5 standard errors; draws have its mean.
+
+    False alarm 1e-5. A share wrong by 0.02 is found.
+    """
+    loc = torch.tensor([[-2.0, 0.0], [3.0, 1.0]], dtype=DOUBLE)
+    tril = torch.tensor([[[1.0, 0.0], [0.5, 0.7]], [[0.6, 0.0], [0.0, 1.2]]], dtype=DOUBLE)
+    weight = torch.tensor([0.3, 0.7], dtype=DOUBLE)
+    mixture = Mixture(weight, loc, tril, broad(2, 3.0), 20.0, share=share)
+    wide = broad(2, 6.0)
+    y = wide.sample(200_000, rng())
+    ratio = torch.exp(mixture.log_prob(y) - wide.log_prob(y))
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(len(y))
+    x = mixture.sample(50_000, rng(1))
+    exact = (1 - share) * (weight @ loc)
+    assert bool(((x.mean(0) - exact).abs() < 5 * x.std(0) / math.sqrt(len(x))).all())
+    total, terms = mixture.log_probs(x)
+    assert terms.shape == (50_000, 2)
+    assert bool((torch.logsumexp(terms, -1) <= total).all())
+    again = density_from_state(mixture.state(), torch.device("cpu"))
+    assert torch.equal(again.log_prob(x[:10]), mixture.log_prob(x[:10]))
+
+
+def test_a_bank_of_a_mixture_grows_and_is_saved():
+    target = distant(4)
+    mixture = Mixture(
+        torch.ones(1, dtype=DOUBLE),
+        torch.zeros(1, 4, dtype=DOUBLE),
+        10 * torch.eye(4, dtype=DOUBLE)[None],
+        broad(4, 10.0),
+        20.0,
+    )
+    x = mixture.sample(500, rng())
+    log_weight = (-target(x) - mixture.log_prob(x))[None]
+    bank = Bank.of_draws(x[None], log_weight, None, mixture)
+    again = Bank.from_state(bank.state(), torch.device("cpu"))
+    larger = again.extended(100, lambda x, c: target(x), rng(1))
+    assert larger.points.shape == (1, 600, 4)
+    assert torch.equal(larger.points[0, :500], x)
