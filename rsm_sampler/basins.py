@@ -2,7 +2,8 @@ r"""A mixture with one component for each basin of the energy, adapted by its ow
 
 Where a target has few modes, each roughly an ellipsoid, importance sampling works in hundreds of
 dimensions: draws are independent and their weights exact, however far apart the modes are. That
-is more than any population of chains can promise, so it is tried first:
+is more than any population of chains can promise, so it is tried first. A basin that no descent
+ends in is missing, and the weights do not show it.
 
 1. **Scouts** start far and wide and go downhill, along gradients with Barzilai and Borwein's
    steps. A narrow basin beside a wide one is not seen from afar.
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rsm_sampler.densities import Mixture, StudentT
-from rsm_sampler.estimators import effective_sample_size
+from rsm_sampler.sequential import next_beta
 
 __all__ = ["Slope", "mixture_of_basins"]
 
@@ -257,7 +258,7 @@ class _Basins:
         work = torch.where(energy.isfinite(), energy + log_q, torch.inf)
         if not bool(work.isfinite().any()):
             return mixture
-        beta = _largest_power(work, 0.2 * size)
+        beta = next_beta(work, 0.0, 0.2 * size)
         weight = torch.softmax(-beta * work, 0)
         return self._fitted(x, weight[:, None] * torch.softmax(of_components, -1), before=mixture)
 
@@ -266,19 +267,3 @@ def _spread(label: Tensor, number: int) -> Tensor:
     """At most so many indices, of all labels as equally as they can be had."""
     member = torch.nn.functional.one_hot(label).cumsum(0).gather(1, label[:, None])[:, 0]
     return member.argsort(stable=True)[:number]
-
-
-def _largest_power(work: Tensor, least: float) -> float:
-    """The largest power of the weights, at most one, with that effective sample size."""
-
-    def ess(beta: float) -> float:
-        log_weight = torch.where(work < torch.inf, -beta * work, -torch.inf)
-        return float(effective_sample_size(log_weight))
-
-    if ess(1.0) >= least:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess(middle) >= least else (low, middle)
-    return low

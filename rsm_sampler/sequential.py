@@ -41,7 +41,7 @@ from rsm_sampler.densities import StudentT, weighted_moments
 from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
 
-__all__ = ["Visited", "sequential_monte_carlo"]
+__all__ = ["Visited", "next_beta", "sequential_monte_carlo"]
 
 _WALK, _EXCHANGE, _JUMP = 0.1, 0.2, 0.4  # shares of the moves; the rest are short differences
 _KEPT_ESS = 0.6  # of the population, in a step of beta
@@ -160,7 +160,7 @@ class _Population:
     def advance(self, *, now: bool) -> None:
         """The longest step of beta that the weights allow, or the last one now; resample."""
         work = self.energy + self.log_q
-        beta = 1.0 if now else _next_beta(work, self.beta, _KEPT_ESS * len(work))
+        beta = 1.0 if now else next_beta(work, self.beta, _KEPT_ESS * len(work))
         log_weight = -(beta - self.beta) * work
         log_weight = torch.where(self.energy < torch.inf, log_weight, -torch.inf)
         self.log_z += float(torch.logsumexp(log_weight, 0)) - math.log(len(work))
@@ -259,8 +259,15 @@ def _adapted(scale: float, accepted: Tensor, wanted: float) -> float:
     return min(4.0, max(1e-4, scale * math.exp(0.3 * (float(accepted.double().mean()) - wanted))))
 
 
-def _next_beta(work: Tensor, beta: float, least: float) -> float:
-    """The largest step in beta that leaves the population that effective sample size."""
+def next_beta(work: Tensor, beta: float, least: float) -> float:
+    """The largest beta up to 1 whose step leaves the points that effective sample size.
+
+    Arguments:
+        work: Energy plus log-density of what the points were drawn from, (n), in nats; infinite
+            where a point has no weight.
+        beta: The present one.
+        least: Effective sample size to keep, in points.
+    """
 
     def ess(new: float) -> float:
         log_weight = torch.where(work < torch.inf, -(new - beta) * work, -torch.inf)
