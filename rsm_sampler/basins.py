@@ -9,10 +9,12 @@ ends in is missing, and the weights do not show it.
    steps. A narrow basin beside a wide one is not seen from afar.
 2. **Basins.** Scouts belong together if the energy half-way between them is not above the lower
    of the two. If most scouts are alone, there are too many modes for this: it ends here.
-3. **Components.** Walks within each basin give it a mean and a covariance, shrunk to what all
-   basins share.
+3. **Components.** The curvature at the bottom of each basin gives it a covariance and a share
+   (Laplace's approximation), or walks within it do, shrunk to what all basins share: whichever
+   draws better.
 4. **Adaptation.** Draws of the mixture are weighted towards the target, as far as the weights
-   allow, and give each component its share, mean and covariance anew.
+   allow, and give each component its share, mean and covariance anew, while that helps: in
+   hundreds of dimensions the curvature may know the covariance better than thousands of draws.
 
 References:
     | Adaptive importance sampling in general mixture classes (Cappé et al., 2008)
@@ -42,6 +44,10 @@ _SLACK = 1.0  # nats that a descent may have left
 _DESCENT = 100  # steps downhill, at most
 _MEMORY = 5  # energies that a step may not exceed
 _AT_REST = 1e-3  # nats in a step
+_SMALL = 1e-3  # differences of gradients, in units of the broad law's widths
+_WIDEST = 4.0  # standard deviations of a component, in those units
+_NEWTON = 20  # steps
+_LATER = 0.8  # of the effective draws of an earlier mixture, for a later one to be preferred
 _NEAREST, _FARTHEST = 0.25, 256.0  # where scouts start, in units of what the bracket found
 
 
@@ -85,17 +91,30 @@ def mixture_of_basins(
         again, its_energy = finder.scouts(finder.between(x, label, more))
         x, energy = torch.cat([x, again]), torch.cat([energy, its_energy])
         label = finder.basins(x, energy)
+    number = int(label.amax()) + 1
+    size = min(16_384, evaluations // (3 * _ROUNDS))
+    if size < 16 * dim:
+        return None, finder.spent
+    begun = []
+    free = evaluations - finder.spent - _ROUNDS * size
+    if (4 * dim + 2 * _NEWTON) * number * slope_cost <= free:
+        begun.append(finder.curved(x, energy, label))
+        free = evaluations - finder.spent - (_ROUNDS + 1) * size
     # Walks take what adaptation leaves: those of a few scouts for each basin will do.
     steps = max(200, 6 * dim)
-    size = min(16_384, evaluations // (3 * _ROUNDS))
-    walkers = (evaluations - finder.spent - _ROUNDS * size) // steps
-    if walkers < 2 * (int(label.amax()) + 1) or size < 16 * dim:
+    if free // steps >= 2 * number:
+        chosen = _spread(label, free // steps)
+        begun.append(finder.components(x[chosen], energy[chosen], label[chosen], steps))
+    if not begun:
         return None, finder.spent
-    chosen = _spread(label, walkers)
-    mixture = finder.components(x[chosen], energy[chosen], label[chosen], steps)
-    for _ in range(_ROUNDS):
-        mixture = finder.adapted(mixture, size)
-    return mixture, finder.spent
+    found = [(*finder.adapted(mixture, size), mixture) for mixture in begun]
+    mixture, worth, best = max(found, key=lambda each: each[1])
+    for _ in range(_ROUNDS - 1):
+        later, effective = finder.adapted(mixture, size)
+        if effective >= _LATER * worth:
+            best, worth = mixture, effective
+        mixture = later
+    return best, finder.spent
 
 
 class _Basins:
@@ -200,6 +219,44 @@ class _Basins:
             number += 1
         return label
 
+    def curved(self, x: Tensor, energy: Tensor, label: Tensor) -> Mixture:
+        """One component for each basin, from the curvature at its lowest point."""
+        number = int(label.amax()) + 1
+        inside = torch.nn.functional.one_hot(label, number).mT.bool()
+        lowest, index = torch.where(inside, energy, torch.inf).min(-1)
+        loc, lowest = self._newton(x[index], lowest, self._factor(x[index]))
+        factor = self._factor(loc)
+        covariance = factor @ factor.mT
+        jitter = 1e-12 * covariance.diagonal(dim1=-2, dim2=-1).diag_embed()
+        tril = torch.linalg.cholesky(covariance + jitter)
+        volume = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        share = torch.softmax(volume - lowest, 0).clamp(min=0.1 / number)
+        return Mixture(share / share.sum(), loc, tril, self.broad, _TAIL)
+
+    def _factor(self, loc: Tensor) -> Tensor:
+        """A root of the inverse curvature at points (K, dim), by differences of gradients."""
+        tril = self.broad.scale_tril
+        steps = _SMALL * tril.mT  # along the broad law's axes
+        ahead, behind = (
+            self._slope((loc[:, None] + sign * steps).flatten(0, 1)).view(-1, *steps.shape)
+            for sign in (1, -1)
+        )
+        hessian = (ahead - behind) @ tril / (2 * _SMALL)
+        curvature, axes = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
+        return tril @ (axes * curvature.clamp(min=_WIDEST**-2).rsqrt()[:, None])
+
+    def _newton(self, x: Tensor, energy: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of the way down, with one curvature: descents are slow in a poor metric."""
+        for _ in range(_NEWTON):
+            slope = (factor.mT @ self._slope(x)[..., None])[..., 0]
+            length = slope.norm(dim=-1, keepdim=True).clamp(min=1.0)  # no step beyond the basin
+            trial = x - (factor @ (slope / length)[..., None])[..., 0]
+            trial_energy = self.evaluate(trial)
+            down = trial_energy < energy
+            x = torch.where(down[:, None], trial, x)
+            energy = torch.where(down, trial_energy, energy)
+        return x, energy
+
     def components(self, x: Tensor, energy: Tensor, label: Tensor, steps: int) -> Mixture:
         """One component for each basin, from walks of its members."""
         points = self._walk(x, energy, steps)
@@ -250,17 +307,19 @@ class _Basins:
             share / share.sum(), loc, torch.linalg.cholesky(covariance + jitter), self.broad, _TAIL
         )
 
-    def adapted(self, mixture: Mixture, size: int) -> Mixture:
-        """The mixture after draws of its own, weighted towards the target."""
+    def adapted(self, mixture: Mixture, size: int) -> tuple[Mixture, float]:
+        """The mixture after draws of its own, weighted towards the target; and their worth."""
         x = mixture.sample(size, self.generator)
         log_q, of_components = mixture.log_probs(x)
         energy = self.evaluate(x)
         work = torch.where(energy.isfinite(), energy + log_q, torch.inf)
         if not bool(work.isfinite().any()):
-            return mixture
+            return mixture, 0.0
+        effective = 1 / torch.softmax(-work, 0).square().sum()
         beta = next_beta(work, 0.0, 0.2 * size)
         weight = torch.softmax(-beta * work, 0)
-        return self._fitted(x, weight[:, None] * torch.softmax(of_components, -1), before=mixture)
+        by_component = weight[:, None] * torch.softmax(of_components, -1)
+        return self._fitted(x, by_component, before=mixture), float(effective)
 
 
 def _spread(label: Tensor, number: int) -> Tensor:

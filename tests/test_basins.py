@@ -65,6 +65,21 @@ def test_shares_of_distant_modes_and_log_z():
     assert abs(log_z) < 5 / math.sqrt(0.3 * len(x))
 
 
+def test_curvature_gives_components_in_a_hundred_dimensions():
+    """Four wells among normal coordinates: walks would leave 5,000 numbers of a covariance open.
+
+    log Z within 5 standard errors of the delta method; false alarm 6e-7.
+    """
+    target = energies.SymmetricManyWell(100, wells=2)
+    mixture, spent, values = find(target, 100, 2.0, 150_000, cost=1)
+    assert values < spent <= 150_000
+    x = mixture.sample(10_000, rng(1))
+    weight = torch.exp(-target(x) - mixture.log_prob(x) - target.log_z)
+    mean, error = float(weight.mean()), float(weight.std()) / math.sqrt(len(x))
+    assert float(weight.sum().square() / weight.square().sum()) > 0.2 * len(x)
+    assert abs(mean - 1) < 5 * error < 0.2
+
+
 def test_too_many_basins_are_left_to_chains():
     target = energies.get("many-well-32")
     mixture, spent, _ = find(target, 32, 3.0, 400_000)

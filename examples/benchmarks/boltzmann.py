@@ -9,8 +9,12 @@ Methods:
 * ``rsm-values``: the same from energy values alone (``gradients="differences"``);
 * ``rw``, ``hmc``, ``pt``: random-walk Metropolis, Hamiltonian Monte Carlo and parallel tempering
   with random-walk moves, with as many evaluations as the dearer of these two took;
-* ``ddpm-mcmc``: denoising score matching (9) on the samples of ``pt``;
-* ``ddpm-exact``: the same on 16,384 exact draws of the target.
+* ``langevin``: annealed Langevin dynamics without a Metropolis test, with as many;
+* ``ddpm-mcmc``: denoising score matching (9) on states of parallel tempering, with as many;
+* ``ddpm-exact``: the same on 16,384 exact draws of the target;
+* ``idem``, ``fab``: the peers of :mod:`rsm_sampler.baselines`, with as many. Their published
+  settings spend hundreds to ten thousands of times more; here iDEM uses an estimate eight times
+  and FAB an annealed point as often, so that a few thousand optimiser steps come out.
 
 Raw draws of the final model are measured, and apart from them reweighted ones. Evaluations are
 those of the fit, warm start included; log Z takes 32,768 more. Every result is written to
@@ -34,12 +38,25 @@ from torch import Tensor
 
 import energies
 from rsm_sampler import EnergyDiffusionTrainer, EnergySampler, metrics
+from rsm_sampler.baselines import (
+    FABConfig,
+    FlowSampler,
+    IDEMConfig,
+    ddpm,
+    fab,
+    idem,
+    langevin,
+)
 from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
 
-METHODS = ("rsm", "rsm-values", "rw", "hmc", "pt", "ddpm-mcmc", "ddpm-exact")
+METHODS = (
+    "rsm", "rsm-values", "rw", "hmc", "pt", "langevin", "ddpm-mcmc", "ddpm-exact", "idem", "fab"
+)  # fmt: skip
 LOG_Z_DRAWS = 32_768
+IDEM = IDEMConfig(num_draws=64, batch_size=32, updates=8)
+FAB = FABConfig(levels=2, updates=8)
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,8 @@ class Task:
         n: Draws that enter the measure.
         measure: Name and value of the figure, from draws and the target.
         slow: Observables (n, k) that plain chains are slow in.
-        start: Standard deviation of the chains' starts.
+        start: Standard deviation of the chains' starts, and the width the peers are given.
+        detail: Scale of the finest structure, for Langevin steps.
     """
 
     make: Callable[[], Any]
@@ -59,6 +77,7 @@ class Task:
     measure: Callable[[Any, Tensor], dict[str, float]]
     slow: Callable[[Any, Tensor], Tensor]
     start: float = 3.0
+    detail: float = 0.2
 
 
 def worst_pair(target: Any, x: Tensor) -> dict[str, float]:
@@ -109,6 +128,7 @@ TASKS: dict[str, Task] = {
         mode_weights,
         lambda t, x: t.responsibilities(x),
         start=25.0,
+        detail=1.0,
     ),
     "dw4": Task(
         lambda: energies.get("dw4"), 1000, energy_w2, lambda t, x: t(x).unsqueeze(-1), start=2.0
@@ -116,31 +136,35 @@ TASKS: dict[str, Task] = {
 }
 
 
-def fitted(task: Task, target: Any, method: str, seed: int) -> tuple[EnergySampler, dict]:
+def fitted(
+    task: Task, target: Any, method: str, seed: int
+) -> tuple[EnergySampler | FlowSampler, dict]:
     """A trained sampler and what it took."""
-    options: dict[str, Any] = {}
-    if method == "rsm-values":
-        options["gradients"] = "differences"
-    elif method == "ddpm-exact":
-        options["samples"] = target.sample(16_384, generator=torch.Generator().manual_seed(seed))
-    elif method == "ddpm-mcmc":
-        options["samples"] = plain(task, target, "pt", seed, 16_384)[0].samples.float()
-    started = time.perf_counter()
     # A plain function: the chains of another sampler are no use to one that knows its target.
-    trainer = EnergyDiffusionTrainer(
-        target.energy,
-        target.dim,
-        seed=seed,
-        particles=getattr(target, "particles", None),
-        **options,
-    )
-    sampler = trainer.fit(progress=sys.stderr.isatty())
+    arguments = (target.energy, target.dim)
+    given: dict[str, Any] = {"seed": seed, "particles": getattr(target, "particles", None)}
+    started = time.perf_counter()
+    sampler: EnergySampler | FlowSampler
+    if method in {"rsm", "rsm-values"}:
+        gradients = {"gradients": "differences"} if method == "rsm-values" else {}
+        trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients)
+        sampler = trainer.fit(progress=sys.stderr.isatty())
+    elif method == "ddpm-exact":
+        generator = torch.Generator().manual_seed(seed)
+        sampler = ddpm(*arguments, samples=target.sample(16_384, generator=generator), **given)
+    else:
+        given |= {"evaluations": budget(names()[id(task)], seed), "scale": task.start}
+        if method == "ddpm-mcmc":
+            sampler = ddpm(*arguments, **given)
+        elif method == "idem":
+            sampler = idem(*arguments, **given, config=IDEM)
+        else:
+            sampler = fab(*arguments, **given, config=FAB)
     record = {
         "fit_seconds": time.perf_counter() - started,
-        "evaluations": trainer.evaluations,
-        "counts": dict(trainer.energy.counts),
-        "history": trainer.history,
-        "steps": trainer.step,
+        "evaluations": sum(sampler.counts.values()),
+        "counts": sampler.counts,
+        "history": sampler.history,
     }
     return sampler, record
 
@@ -187,6 +211,27 @@ def plain(task: Task, target: Any, method: str, seed: int, n: int) -> tuple[Any,
     return result, time.perf_counter() - started
 
 
+def annealed(
+    task: Task, target: Any, seed: int, n: int, *, chains: int = 128
+) -> tuple[Tensor, int, float]:
+    """States of annealed Langevin chains (kept, chains, dim), evaluations and seconds."""
+    steps = budget(names()[id(task)], seed) // (2 * chains) - 1
+    keep = min(math.ceil(n / chains), steps // 2)
+    started = time.perf_counter()
+    sampler = langevin(
+        target.energy,
+        target.dim,
+        num_steps=steps,
+        keep=keep,
+        scale=task.start,
+        detail=task.detail,
+        seed=seed,
+        dtype=torch.float64,
+    )
+    x = sampler.sample(keep * chains).view(keep, chains, target.dim)
+    return x, sum(sampler.counts.values()), time.perf_counter() - started
+
+
 def names() -> dict[int, str]:
     """Tasks by identity."""
     return {id(task): name for name, task in TASKS.items()}
@@ -199,24 +244,40 @@ def independent_draws(values: Tensor) -> float:
     return float((within / between.clamp(min=1e-300)).amin())
 
 
+def of_chains(
+    task: Task, target: Any, chains: Tensor, samples: Tensor, evaluations: int, seconds: float
+) -> dict[str, Any]:
+    """A row of chains (kept, chains, dim), of whose states those samples (n, dim) are measured."""
+    samples = samples[-task.n :]
+    seen = task.slow(target, chains.flatten(0, 1)).view(*chains.shape[:2], -1)
+    worth = independent_draws(seen)
+    return {
+        "evaluations": evaluations,
+        "fit_seconds": seconds,
+        "raw": task.measure(target, samples),
+        "draws": len(samples),
+        "log_z_error": None,
+        "log_z_se": None,
+        "seconds_per_10k": 10_000 * seconds / max(worth, 1e-9),
+        "independent": worth,
+    }
+
+
 def measure(name: str, method: str, seed: int) -> dict[str, Any]:
     """One row."""
     task = TASKS[name]
     target = task.make()
+    if method == "langevin":
+        chains, evaluations, seconds = annealed(task, target, seed, task.n)
+        return of_chains(task, target, chains, chains.flatten(0, 1), evaluations, seconds)
     if method in {"rw", "hmc", "pt"}:
         result, seconds = plain(task, target, method, seed, task.n)
-        seen = task.slow(target, result.chains.flatten(0, 1)).view(*result.chains.shape[:2], -1)
-        worth = independent_draws(seen)
-        return {
-            "evaluations": result.evaluations,
-            "fit_seconds": seconds,
-            "raw": task.measure(target, result.samples),
-            "draws": len(result.samples),
-            "log_z_error": None if result.log_z is None else result.log_z - target.log_z,
-            "log_z_se": result.log_z_se,
-            "seconds_per_10k": 10_000 * seconds / max(worth, 1e-9),
-            "independent": worth,
-        }
+        record = of_chains(
+            task, target, result.chains, result.samples, result.evaluations, seconds
+        )
+        record["log_z_error"] = None if result.log_z is None else result.log_z - target.log_z
+        record["log_z_se"] = result.log_z_se
+        return record
     sampler, record = fitted(task, target, method, seed)
     generator = torch.Generator().manual_seed(seed + 1000)
     started = time.perf_counter()
