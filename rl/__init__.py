@@ -7,7 +7,8 @@
 >>> action.shape
 (1,)
 
-:func:`train_sdac` and :func:`train_dpmd` train, :func:`evaluate` tells how well, ``agent.save``
+:func:`train_sdac`, :func:`train_dpmd`, :func:`train_qsm`, :func:`train_dipo`, :func:`train_dacer`
+and :func:`train_qvpo` train, :func:`evaluate` tells how well, ``agent.save``
 and :func:`load` keep an agent, and :func:`resume` goes on with an interrupted run.
 """
 
@@ -17,39 +18,59 @@ from typing import Any
 if importlib.util.find_spec("gymnasium") is None:
     raise ImportError("rl needs gymnasium: pip install 'rsm-sampler[rl]'", name="gymnasium")
 
+from rl.comparison import Comparison
 from rl.config import AgentConfig
+from rl.dacer import DACER, DACERConfig
+from rl.dipo import DIPO, DIPOConfig
 from rl.dpmd import DPMD, DPMDConfig
 from rl.environments import EnvironmentFailure, Environments, EnvironmentSource
-from rl.evaluation import Evaluation, evaluate
+from rl.evaluation import Agent, Evaluation, evaluate
+from rl.grid import compare
 from rl.off_policy import OffPolicyAgent
-from rl.replay import Batch, ReplayBuffer
-from rl.sac import SAC, SACConfig
+from rl.qsm import QSM, QSMConfig
+from rl.qvpo import QVPO, QVPOConfig
+from rl.replay import Batch, MultiStep, ReplayBuffer
 from rl.sdac import SDAC, SDACConfig
+from rl.stable_baselines import StableBaselinesAgent
 from rl.training import AGENTS, RunProgress, load, resume, train
 
 __all__ = [
     "AGENTS",
+    "DACER",
+    "DIPO",
     "DPMD",
-    "SAC",
+    "QSM",
+    "QVPO",
     "SDAC",
+    "Agent",
     "AgentConfig",
     "Batch",
+    "Comparison",
+    "DACERConfig",
+    "DIPOConfig",
     "DPMDConfig",
     "EnvironmentFailure",
     "EnvironmentSource",
     "Environments",
     "Evaluation",
+    "MultiStep",
     "OffPolicyAgent",
+    "QSMConfig",
+    "QVPOConfig",
     "ReplayBuffer",
     "RunProgress",
-    "SACConfig",
     "SDACConfig",
+    "StableBaselinesAgent",
+    "compare",
     "evaluate",
     "load",
     "resume",
     "train",
+    "train_dacer",
+    "train_dipo",
     "train_dpmd",
-    "train_sac",
+    "train_qsm",
+    "train_qvpo",
     "train_sdac",
 ]
 
@@ -94,14 +115,14 @@ def train_dpmd(env: EnvironmentSource, *, total_steps: int, **options: Any) -> D
     return agent
 
 
-def train_sac(env: EnvironmentSource, *, total_steps: int, **options: Any) -> SAC:  # noqa: ANN401
-    """Train soft actor-critic with a Gaussian policy.
+def train_qsm(env: EnvironmentSource, *, total_steps: int, **options: Any) -> QSM:  # noqa: ANN401
+    """Train Q-score matching.
 
     Arguments:
         env: An id, a function that makes an environment, or an environment.
         total_steps: Environment steps.
         **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
-            name of a preset) and more, and fields of :class:`SACConfig`.
+            name of a preset) and more, and fields of :class:`QSMConfig`.
 
     Returns:
         The trained agent.
@@ -109,6 +130,66 @@ def train_sac(env: EnvironmentSource, *, total_steps: int, **options: Any) -> SA
     Raises:
         ValueError: If an argument does not fit.
     """
-    agent = train("sac", env, total_steps=total_steps, **options)
-    assert isinstance(agent, SAC)
+    agent = train("qsm", env, total_steps=total_steps, **options)
+    assert isinstance(agent, QSM)
+    return agent
+
+
+def train_dipo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DIPO:  # noqa: ANN401
+    """Train a diffusion policy on actions that are moved uphill in the replay.
+
+    Arguments:
+        env: An id, a function that makes an environment, or an environment.
+        total_steps: Environment steps.
+        **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
+            name of a preset) and more, and fields of :class:`DIPOConfig`.
+
+    Returns:
+        The trained agent.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    agent = train("dipo", env, total_steps=total_steps, **options)
+    assert isinstance(agent, DIPO)
+    return agent
+
+
+def train_dacer(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DACER:  # noqa: ANN401
+    """Train diffusion actor-critic with entropy regulator, back through the chain.
+
+    Arguments:
+        env: An id, a function that makes an environment, or an environment.
+        total_steps: Environment steps.
+        **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
+            name of a preset) and more, and fields of :class:`DACERConfig`.
+
+    Returns:
+        The trained agent.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    agent = train("dacer", env, total_steps=total_steps, **options)
+    assert isinstance(agent, DACER)
+    return agent
+
+
+def train_qvpo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> QVPO:  # noqa: ANN401
+    """Train Q-weighted variational policy optimisation.
+
+    Arguments:
+        env: An id, a function that makes an environment, or an environment.
+        total_steps: Environment steps.
+        **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
+            name of a preset) and more, and fields of :class:`QVPOConfig`.
+
+    Returns:
+        The trained agent.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    agent = train("qvpo", env, total_steps=total_steps, **options)
+    assert isinstance(agent, QVPO)
     return agent

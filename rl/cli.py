@@ -1,10 +1,11 @@
-r"""The command line of the agents: train, evaluate, resume.
+r"""The command line of the agents: train, evaluate, resume, compare.
 
 .. code-block:: console
 
     rsm-rl train sdac --env-id HalfCheetah-v5 --total-steps 1000000 --run-dir runs/hc
     rsm-rl evaluate runs/hc --video
     rsm-rl resume runs/hc
+    rsm-rl compare --envs Pendulum-v1 Reacher-v5 --agents sdac dpmd --total-steps 50000
 
 Results go to standard output, the progress bar and errors to standard error. The exit status is 0;
 2 for an error; 130 if a run was interrupted (it is saved, and ``resume`` goes on with it).
@@ -22,13 +23,14 @@ from tyro.conf import Positional, arg
 
 from rl.environments import EnvironmentFailure
 from rl.evaluation import evaluate as evaluate_agent
+from rl.grid import compare as run_grid
 from rl.training import AGENTS, load, read_about
 from rl.training import resume as resume_run
 from rl.training import train as train_agent
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import TensorBoardLogger
 
-__all__ = ["evaluate", "main", "resume", "train"]
+__all__ = ["compare", "evaluate", "main", "resume", "train"]
 
 Run = Annotated[Path, arg(metavar="RUN")]
 Changes = Annotated[
@@ -48,12 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "evaluate": evaluate, "resume": resume},
+            {"train": train, "evaluate": evaluate, "resume": resume, "compare": compare},
             prog="rsm-rl",
             description="Diffusion-policy agents: " + ", ".join(sorted(AGENTS)) + ".",
             args=None if arguments is None else list(arguments),
         )
-    except (CheckpointError, EnvironmentFailure, ImportError, OSError, ValueError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except (
+        CheckpointError,
+        EnvironmentFailure,
+        ImportError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         sys.stderr.write(f"rsm-rl: {error}\n")
         return 2
 
@@ -153,6 +164,55 @@ def evaluate(
     sys.stdout.write(f"{agent.name} on {name}: {found}\n")
     if film is not None:
         sys.stdout.write(f"{film}\n")
+    return 0
+
+
+def compare(
+    *,
+    envs: tuple[str, ...],
+    agents: tuple[str, ...],
+    total_steps: int,
+    seeds: int = 5,
+    out: Path = Path("comparison"),
+    jobs: int = 1,
+    ray: str | None = None,
+    preset: str = "corrected",
+    device: str = "auto",
+    eval_every: int | None = None,
+    eval_episodes: int = 20,
+    changes: Changes = (),
+) -> int:
+    """Train agents on environments with several seeds, and compare them.
+
+    Arguments:
+        envs: Gymnasium's ids of the environments.
+        agents: Names of the agents.
+        total_steps: Environment steps of each run.
+        seeds: Number of seeds.
+        out: Folder of runs and report; what it holds already is not run again.
+        jobs: Runs at a time, each in a process of its own.
+        ray: Address of a Ray cluster to run on; local for one on this machine.
+        preset: Configuration of all agents.
+        device: Where to train; auto takes a GPU where there is one.
+        eval_every: Environment steps between evaluations.
+        eval_episodes: Episodes of an evaluation.
+        changes: Fields of the configurations to change.
+    """
+    run_grid(
+        envs,
+        agents,
+        total_steps=total_steps,
+        out=out,
+        seeds=seeds,
+        jobs=jobs,
+        ray=ray,
+        config=preset,
+        device=device,
+        eval_every=eval_every,
+        eval_episodes=eval_episodes,
+        **dict(_change(text) for text in changes),
+    )
+    sys.stdout.write(f"{(out / 'report.md').read_text()}\n{out / 'report.md'}\n")
     return 0
 
 

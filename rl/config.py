@@ -26,6 +26,9 @@ class AgentConfig:
         replay_size: Transitions that are kept.
         batch_size: Transitions of an update.
         discount: The factor gamma.
+        n_step: Rewards that a return sums before the critic's value follows. More than one lets
+            values spread faster and their errors pile up less, at the price that the actions
+            between are not the present policy's.
         reward_scale: Factor on rewards. Temperatures are in units of scaled reward.
         normalise_observations: Whether to standardise observations by running moments.
         critic_lr: Adam's learning rate of the critics.
@@ -42,6 +45,8 @@ class AgentConfig:
         critic_width: Units of a critic's hidden layer; ``width`` if None.
         critic_depth: Number of a critic's hidden layers; ``depth`` if None.
         critic_layer_norm: Whether the critics' hidden layers are normalised.
+        gradient_clip: Norm to which the gradient of a network is shortened, policy and critics
+            apart; None for none.
     """
 
     num_envs: int = 5
@@ -51,6 +56,7 @@ class AgentConfig:
     replay_size: int = 1_000_000
     batch_size: int = 256
     discount: float = 0.99
+    n_step: int = 1
     reward_scale: float = 1.0
     normalise_observations: bool = False
     critic_lr: float = 3e-4
@@ -67,6 +73,7 @@ class AgentConfig:
     critic_width: int | None = None
     critic_depth: int | None = None
     critic_layer_norm: bool = False
+    gradient_clip: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.
@@ -79,6 +86,7 @@ class AgentConfig:
             "num_envs",
             "replay_size",
             "batch_size",
+            "n_step",
             "critic_steps",
             "policy_period",
             "policy_lr_decay",
@@ -95,6 +103,8 @@ class AgentConfig:
         for name in ("updates_per_step", "reward_scale", "critic_lr", "policy_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be positive or None, got {self.gradient_clip}")
         for name in ("warmup_steps", "policy_lr_hold", "policy_lr_final"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

@@ -5,13 +5,17 @@ arg max of it over M candidates: an implicitly sharper policy, at most
 :math:`\log M - (M - 1)/M` nats from the one that made the candidates.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from rsm_sampler.ensemble import EnsembleMLP
 
-__all__ = ["Critic", "best_candidate"]
+__all__ = ["Critic", "ReturnCritic", "best_candidate", "frozen"]
 
 
 class Critic(EnsembleMLP):
@@ -25,6 +29,7 @@ class Critic(EnsembleMLP):
         depth: Number of hidden layers.
         layer_norm: Whether hidden layers are normalised.
         generator: Source of the initial weights, on the CPU.
+        outputs: Numbers that a member returns, of which the first is its value.
 
     Example:
         >>> critic = Critic(3, 2, width=16)
@@ -42,10 +47,11 @@ class Critic(EnsembleMLP):
         depth: int = 3,
         layer_norm: bool = False,
         generator: torch.Generator | None = None,
+        outputs: int = 1,
     ) -> None:
         super().__init__(
             [observation_dim, action_dim],
-            1,
+            outputs,
             members=members,
             width=width,
             depth=depth,
@@ -59,7 +65,7 @@ class Critic(EnsembleMLP):
         action: Float[Tensor, "*batch action_dim"],
     ) -> Float[Tensor, "members *batch"]:
         """The values of all members; the batch shapes broadcast."""
-        return self(observation, action).squeeze(-1)
+        return self(observation, action)[..., 0]
 
     def minimum(
         self,
@@ -68,6 +74,47 @@ class Critic(EnsembleMLP):
     ) -> Float[Tensor, "*batch"]:
         """The smallest value of the members."""
         return self.values(observation, action).amin(0)
+
+
+class ReturnCritic(Critic):
+    r"""Normal laws of the return, :math:`\mathcal N(Q_i(s, a), \sigma_i(s, a)^2)`.
+
+    Arguments:
+        observation_dim: Length of an observation.
+        action_dim: Length of an action.
+        **options: As for :class:`Critic`.
+
+    Example:
+        >>> mean, std = ReturnCritic(3, 2, width=16).law(torch.randn(5, 3), torch.randn(5, 2))
+        >>> mean.shape, bool((std > 0).all())
+        (torch.Size([2, 5]), True)
+    """
+
+    def __init__(self, observation_dim: int, action_dim: int, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(observation_dim, action_dim, **{**options, "outputs": 2})
+
+    def law(
+        self,
+        observation: Float[Tensor, "*#batch observation_dim"],
+        action: Float[Tensor, "*batch action_dim"],
+    ) -> tuple[Float[Tensor, "members *batch"], Float[Tensor, "members *batch"]]:
+        """Means and standard deviations of all members; the batch shapes broadcast."""
+        mean, raw = self(observation, action).unbind(-1)
+        return mean, nn.functional.softplus(raw)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let no gradients go to a module's own parameters: for those of its inputs alone.
+
+    Arguments:
+        module: Its parameters are trainable before and after.
+    """
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rl.config import AgentConfig
-from rl.critics import best_candidate
+from rl.critics import Critic, best_candidate
 from rl.off_policy import NextAction, OffPolicyAgent, _slow_copy
 from rl.policies import ChainName, DiffusionPolicy
 from rl.replay import Batch
@@ -72,6 +72,8 @@ class DiffusionConfig(AgentConfig):
         target_candidates: M of the action at the next state.
         evaluation_candidates: M of ``predict(deterministic=True)``.
         behaviour_from_average: Whether a slow copy of the policy acts.
+        target_from_average: Whether slow copies of policy and critics draw and rank the target's
+            actions.
         noise: Standard deviation of normal noise on acting and target actions.
         kappa: Where the factor on this noise starts that published code tunes; None for none.
         kappa_entropy: The entropy per dimension that it is tuned to, in nats.
@@ -90,6 +92,7 @@ class DiffusionConfig(AgentConfig):
     target_candidates: int = 1
     evaluation_candidates: int = 10
     behaviour_from_average: bool = False
+    target_from_average: bool = False
     noise: float = 0.0
     kappa: float | None = None
     kappa_entropy: float = -0.9
@@ -165,14 +168,31 @@ def kappa_path(start: float, entropy: float, lr: float, steps: int) -> tuple[flo
 
 
 class DiffusionAgent(OffPolicyAgent):
-    """Base of SDAC and DPMD."""
+    """Base of the agents whose policy is a diffusion model."""
 
     policy: DiffusionPolicy
 
     def build_policy(self, generator: torch.Generator) -> nn.Module:
         """The policy, its slow copy where that one acts, and the fixed noises of evaluation."""
         config = self.config
-        policy = DiffusionPolicy(
+        policy = self.make_policy(generator)
+        self.average = (
+            _slow_copy(policy).to(self.device) if config.behaviour_from_average else None
+        )
+        self.target_policy = (
+            _slow_copy(policy).to(self.device) if config.target_from_average else None
+        )
+        self._starts = torch.randn(
+            config.evaluation_candidates, self.action_dim, generator=generator
+        ).to(self.device)
+        self._noise = torch.full((), config.noise, device=self.device)
+        self._kappa = torch.ones((), device=self.device)
+        return policy
+
+    def make_policy(self, generator: torch.Generator) -> nn.Module:
+        """The policy alone."""
+        config = self.config
+        return DiffusionPolicy(
             self.observation_dim,
             self.action_dim,
             config.make_schedule(),
@@ -183,15 +203,6 @@ class DiffusionAgent(OffPolicyAgent):
             depth=config.depth,
             generator=generator,
         )
-        self.average = (
-            _slow_copy(policy).to(self.device) if config.behaviour_from_average else None
-        )
-        self._starts = torch.randn(
-            config.evaluation_candidates, self.action_dim, generator=generator
-        ).to(self.device)
-        self._noise = torch.full((), config.noise, device=self.device)
-        self._kappa = torch.ones((), device=self.device)
-        return policy
 
     def extra_state(self) -> dict[str, Any]:
         """The fixed noises of evaluation, and the tuned one: it acts before an update sets it."""
@@ -206,8 +217,8 @@ class DiffusionAgent(OffPolicyAgent):
 
     def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Slow copies and what they follow."""
-        pairs = super().slow_pairs()
-        return pairs if self.average is None else [*pairs, (self.average, self.policy)]
+        copies = [copy for copy in (self.average, self.target_policy) if copy is not None]
+        return [*super().slow_pairs(), *((copy, self.policy) for copy in copies)]
 
     def before_update(self) -> None:
         """The exploration noise of this update."""
@@ -244,8 +255,10 @@ class DiffusionAgent(OffPolicyAgent):
 
     def next_action(self, batch: Batch, with_policy: bool) -> NextAction:
         """The best of M draws of the policy, plus noise; no entropy."""
-        m = self.config.target_candidates
-        return NextAction(self._noisy_best(self.policy, self._states(batch), m, self.generator))
+        m, slow = self.config.target_candidates, self.target_policy
+        policy, critic = (self.policy, self.critic) if slow is None else (slow, self.target_critic)
+        states = self._states(batch)
+        return NextAction(self._noisy_best(policy, states, m, self.generator, critic))
 
     def _states(self, batch: Batch) -> Tensor:
         """The next states, or the state itself where none follows, for no policy acts there."""
@@ -253,10 +266,15 @@ class DiffusionAgent(OffPolicyAgent):
         return torch.where(over, batch.observation, batch.next_observation)
 
     def _noisy_best(
-        self, policy: DiffusionPolicy, observation: Tensor, m: int, generator: torch.Generator
+        self,
+        policy: DiffusionPolicy,
+        observation: Tensor,
+        m: int,
+        generator: torch.Generator,
+        critic: Critic | None = None,
     ) -> Tensor:
         candidates = policy.sample(observation, m, generator=generator)
-        action = best_candidate(self.critic, observation, candidates)
+        action = best_candidate(self.critic if critic is None else critic, observation, candidates)
         return self._perturbed(action, generator)
 
     def _perturbed(self, action: Tensor, generator: torch.Generator) -> Tensor:
@@ -277,5 +295,5 @@ class DiffusionAgent(OffPolicyAgent):
         return t, self.policy.sigmas[t]
 
     def _modules(self) -> dict[str, nn.Module]:
-        modules = super()._modules()
-        return modules if self.average is None else {**modules, "average": self.average}
+        copies = {"average": self.average, "target_policy": self.target_policy}
+        return super()._modules() | {k: copy for k, copy in copies.items() if copy is not None}

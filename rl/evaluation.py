@@ -3,15 +3,41 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from rl.environments import Environments, EnvironmentSource, is_environment
-from rl.off_policy import OffPolicyAgent
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Agent", "Evaluation", "evaluate"]
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """Anything that acts: the agents here, those of stable-baselines3, a user's own.
+
+    Attributes:
+        observation_dim: Length of an observation.
+        action_dim: Length of an action.
+        low: Lower ends of the environment's actions.
+        high: Upper ends.
+    """
+
+    observation_dim: int
+    action_dim: int
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    def predict(
+        self, observation: ArrayLike, deterministic: bool = False
+    ) -> tuple[NDArray[np.float32], None]:
+        """Actions in the environment's units.
+
+        Arguments:
+            observation: One observation or a batch.
+            deterministic: Whether to take the same action for the same observation.
+        """
 
 
 @dataclass(frozen=True)
@@ -45,7 +71,7 @@ class Evaluation:
 
 
 def evaluate(
-    agent: OffPolicyAgent,
+    agent: Agent,
     env: EnvironmentSource,
     *,
     episodes: int = 20,
@@ -106,13 +132,13 @@ def evaluate(
 
 
 def _unit_action(
-    agent: OffPolicyAgent, observation: NDArray[np.float32], deterministic: bool
+    agent: Agent, observation: NDArray[np.float32], deterministic: bool
 ) -> NDArray[np.float64]:
     action, _ = agent.predict(observation, deterministic)
     return 2 * (action - agent.low) / (agent.high - agent.low) - 1
 
 
-def check_fits(agent: OffPolicyAgent | Environments, environments: Environments) -> None:
+def check_fits(agent: Agent | Environments, environments: Environments) -> None:
     """Refuse environments whose observations or actions are not the agent's.
 
     Arguments:
@@ -135,7 +161,7 @@ def _is_maker(env: EnvironmentSource) -> bool:
 
 
 def _record(
-    agent: OffPolicyAgent, env: EnvironmentSource, seed: int, deterministic: bool, path: Path
+    agent: Agent, env: EnvironmentSource, seed: int, deterministic: bool, path: Path
 ) -> None:
     if not isinstance(env, str):
         raise ValueError(f"env must be an id to record a video, got {env!r}")

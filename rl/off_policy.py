@@ -1,9 +1,9 @@
 r"""What all off-policy agents share: critics, their target, acting, the order of an update.
 
-One update takes a batch of transitions :math:`(s, a, r, s', d)` and
+One update takes a batch of transitions :math:`(s, a, r, s', d, m)` and
 
 1. draws :math:`a' \sim \pi(\cdot | s')` and moves the critics towards
-   :math:`y = c_r r + \gamma (1 - d) \min_i \bar Q_i(s', a')` (28);
+   :math:`y = c_r r + \gamma^m (1 - d) \min_i \bar Q_i(s', a')` (28), m = 1 but for ``n_step``;
 2. every ``policy_period`` updates takes a step on the agent's policy loss;
 3. moves the slow copies, :math:`\bar\theta \leftarrow \bar\theta + \tau (\theta - \bar\theta)`.
 
@@ -34,7 +34,7 @@ __all__ = ["NextAction", "OffPolicyAgent", "RunningMoments"]
 
 _KIND, _VERSION = "agent", 1
 # Copies that only training needs, and what they are copies of.
-_COPIES = {"target_critic": "critic", "old_policy": "policy"}
+_COPIES = {"target_critic": "critic", "old_policy": "policy", "target_policy": "policy"}
 _LARGE_BLOCK = 31 << 20  # bytes; glibc follows up to 32 MiB
 _A = TypeVar("_A", bound="OffPolicyAgent")
 
@@ -143,7 +143,8 @@ class OffPolicyAgent(ABC):
         self.generator = torch.Generator(self.device).manual_seed(seed + 1)
         self.acting_generator = torch.Generator(self.device).manual_seed(seed + 2)
         self.moments = RunningMoments(observation_dim).to(self.device)
-        self.critic = Critic(
+        kind = self.critic_type()
+        self.critic = kind(
             observation_dim,
             action_dim,
             width=config.width if config.critic_width is None else config.critic_width,
@@ -168,6 +169,10 @@ class OffPolicyAgent(ABC):
     @abstractmethod
     def build_policy(self, generator: torch.Generator) -> nn.Module:
         """The policy's network."""
+
+    def critic_type(self) -> type[Critic]:
+        """The kind of critics."""
+        return Critic
 
     @abstractmethod
     def explore(self, observation: Float[Tensor, "n obs"]) -> Float[Tensor, "n act"]:
@@ -194,6 +199,21 @@ class OffPolicyAgent(ABC):
             batch: Transitions with standardised observations.
             drawn: What was drawn at the next states.
         """
+
+    def critic_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, Tensor]:
+        """The loss (28) of a critic step, and all members' values of the batch, (members, n).
+
+        Arguments:
+            batch: Transitions with standardised observations.
+            drawn: What was drawn at the next states.
+        """
+        config = self.config
+        with torch.no_grad():
+            future = self.target_critic.minimum(batch.next_observation, drawn.action)
+            alive = config.discount**batch.span * (1 - batch.terminated)
+            target = config.reward_scale * batch.reward + alive * (future - drawn.entropy_cost)
+        values = self.critic.values(batch.observation, batch.action)
+        return (values - target).square().mean(-1).sum(), values
 
     def after_policy_step(self, batch: Batch, drawn: NextAction) -> dict[str, Tensor]:
         """What is tuned after a policy step, a temperature for example."""
@@ -310,13 +330,10 @@ class OffPolicyAgent(ABC):
         )
         with torch.no_grad():
             drawn = self.next_action(batch, with_policy)
-            future = self.target_critic.minimum(batch.next_observation, drawn.action)
-            alive = config.discount * (1 - batch.terminated)
-            target = config.reward_scale * batch.reward + alive * (future - drawn.entropy_cost)
-        values = self.critic.values(batch.observation, batch.action)
-        loss = (values - target).square().mean(-1).sum()
+        loss, values = self.critic_loss(batch, drawn)
         self.critic_optimiser.zero_grad()
         loss.backward()
+        self._clip(self.critic)
         self.critic_optimiser.step()
         detached = values.detach()
         metrics = {
@@ -329,6 +346,7 @@ class OffPolicyAgent(ABC):
             policy_loss, more = self.policy_loss(batch, drawn)
             self.policy_optimiser.zero_grad()
             policy_loss.backward(inputs=list(self.policy.parameters()))
+            self._clip(self.policy)
             self.policy_optimiser.step()
             metrics |= {"policy_loss": policy_loss.detach(), **more}
             metrics |= self.after_policy_step(batch, drawn)
@@ -340,6 +358,11 @@ class OffPolicyAgent(ABC):
                     list(slow.parameters()), list(fast.parameters()), config.polyak
                 )
         return metrics
+
+    def _clip(self, module: nn.Module) -> None:
+        """Shorten a gradient that is longer than ``gradient_clip``."""
+        if self.config.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
 
     def _adam(self, module: nn.Module, lr: float) -> torch.optim.Adam:
         cuda = self.device.type == "cuda"

@@ -211,6 +211,38 @@ class DiffusionPolicy(nn.Module):
             x = flow.step(x, sigma_t, sigma_s)
         return x.view(n, m, -1)
 
+    def walk(
+        self,
+        observation: Float[Tensor, "n observation_dim"],
+        noise: Float[Tensor, "steps n action_dim"],
+        *,
+        cut: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "n action_dim"]:
+        """The ends of ancestral chains with given noises, a differentiable function of all.
+
+        Arguments:
+            observation: Observations, (n, observation_dim).
+            noise: Standard normal noises, (T, n, action_dim): of the start and of all steps but
+                the last, which has none.
+            cut: What takes denoised actions to [-1, 1]; plain clamping if None.
+        """
+        body = self.network.body
+        # As in _Bound, the shares of observations and times in the first layer are taken once.
+        observed = -body.first(1, observation, bias=True)
+        times = body.first(2, self.network.embed(self._times))[0]
+        x = self._levels[0] * self.start_scale * noise[0]
+        for i, (sigma_t, sigma_s) in enumerate(itertools.pairwise(self._levels)):
+            keep, gain, shrink = self._coefficients[sigma_t]
+            output = body.rest(observed - times[i] - body.first(0, shrink * x))[0]
+            denoised = torch.add(keep * x, output, alpha=gain)
+            denoised = denoised.clamp(-1.0, 1.0) if cut is None else cut(denoised)
+            if sigma_s == 0:
+                break
+            ratio = sigma_s / sigma_t
+            std = ratio * math.sqrt((sigma_t - sigma_s) * (sigma_t + sigma_s))
+            x = torch.lerp(denoised, x, ratio**2).add(noise[i + 1], alpha=std)
+        return denoised
+
     @torch.no_grad()
     def bind(
         self, observation: Float[Tensor, "n observation_dim"], candidates: int = 1

@@ -1,8 +1,10 @@
 r"""Replay: the last transitions, preallocated on the device that trains.
 
-A transition is :math:`(s, a, r, s', d)` with d the *termination* flag alone: values are
-bootstrapped through a time limit. Sampling takes no decision on the host, so that it can be part
-of a captured graph.
+A transition is :math:`(s, a, r, s', d, m)` with d the *termination* flag alone: values are
+bootstrapped through a time limit. It covers m environment steps, usually one: with returns of
+several steps (:class:`MultiStep`), :math:`r = \sum_{k<m} \gamma^k r_{t+k}` and
+:math:`s' = s_{t+m}`. Sampling takes no decision on the host, so that it can be part of a captured
+graph.
 
 Checkpoints write only what is new. Everything ever added has a running number; a folder holds
 files of consecutive numbers, and those whose transitions have all been overwritten are removed.
@@ -11,26 +13,103 @@ files of consecutive numbers, and those whose transitions have all been overwrit
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rl.environments import Transition
 from rsm_sampler import checkpoint
 
-__all__ = ["Batch", "ReplayBuffer"]
+__all__ = ["Batch", "MultiStep", "ReplayBuffer"]
 
 _KIND, _VERSION = "replay", 1
+_Open = tuple[NDArray[np.float32], NDArray[np.float32], float, int]
 
 
 class Batch(NamedTuple):
-    """Transitions: (n, observation_dim), (n, action_dim), (n), (n, observation_dim), (n)."""
+    """Transitions: (n, observation_dim), (n, action_dim), (n), (n, observation_dim), (n), (n).
+
+    Attributes:
+        observation: Where the action was taken.
+        action: What was done, within [-1, 1].
+        reward: The reward, or the discounted sum of several.
+        next_observation: Where that led.
+        terminated: 1 where no value follows, else 0.
+        span: Environment steps from one observation to the next one.
+    """
 
     observation: Tensor
     action: Tensor
     reward: Tensor
     next_observation: Tensor
     terminated: Tensor
+    span: Tensor
+
+
+class MultiStep:
+    r"""Transitions of up to n steps, from the single steps of some environments.
+
+    A transition begins with every step and closes after n steps, or with its episode: those that
+    are then still open are shorter, :math:`m < n`.
+
+    Arguments:
+        n: Steps of a transition.
+        discount: The factor :math:`\gamma` within a return.
+        num_envs: Environments that step together.
+
+    Note:
+        The actions after the first one are those that were taken then and not the present
+        policy's; returns are not corrected for that.
+    """
+
+    def __init__(self, n: int, discount: float, num_envs: int) -> None:
+        self.n, self.discount = n, discount
+        self._open: list[list[_Open]] = [[] for _ in range(num_envs)]
+
+    def add(
+        self,
+        observation: NDArray[np.float32],
+        action: NDArray[np.float32],
+        step: Transition,
+    ) -> Batch | None:
+        """Take in a step of all environments.
+
+        Arguments:
+            observation: Where they were, (num_envs, observation_dim).
+            action: What was done, (num_envs, action_dim).
+            step: What came of it.
+
+        Returns:
+            The transitions that close with it, or None where none does.
+        """
+        closed = []
+        for i in np.flatnonzero(step.valid):
+            begun = [*self._open[i], (observation[i].copy(), action[i].copy(), 0.0, 0)]
+            self._open[i] = []
+            for s, a, r, m in begun:
+                r, m = r + self.discount**m * float(step.reward[i]), m + 1
+                if m == self.n or step.ended[i]:
+                    closed.append((s, a, r, step.next_observation[i], step.terminated[i], m))
+                else:
+                    self._open[i].append((s, a, r, m))
+        if not closed:
+            return None
+        columns = (np.asarray(column, np.float32) for column in zip(*closed, strict=True))
+        return Batch(*(torch.from_numpy(column) for column in columns))
+
+    def state(self) -> list[list[list[Any]]]:
+        """What is open."""
+        return [
+            [[torch.from_numpy(s), torch.from_numpy(a), r, m] for s, a, r, m in each]
+            for each in self._open
+        ]
+
+    def load_state(self, state: list[list[list[Any]]]) -> None:
+        """Take back :meth:`state`."""
+        self._open = [[(s.numpy(), a.numpy(), r, m) for s, a, r, m in each] for each in state]
 
 
 class ReplayBuffer:
@@ -48,7 +127,7 @@ class ReplayBuffer:
     Example:
         >>> buffer = ReplayBuffer(1_000_000, 17, 6)
         >>> buffer.nbytes / 1e6, len(buffer)
-        (168.0, 0)
+        (172.0, 0)
     """
 
     def __init__(
@@ -68,7 +147,7 @@ class ReplayBuffer:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.capacity = capacity
-        lengths = (observation_dim, action_dim, 0, observation_dim, 0)
+        lengths = (observation_dim, action_dim, 0, observation_dim, 0, 0)
         self._rows = [
             torch.empty((capacity, n) if n else (capacity,), device=device) for n in lengths
         ]
@@ -80,12 +159,17 @@ class ReplayBuffer:
     @staticmethod
     def size_in_bytes(capacity: int, observation_dim: int, action_dim: int) -> int:
         """Memory that a buffer takes once it is full."""
-        return 4 * capacity * (2 * observation_dim + action_dim + 2)
+        return 4 * capacity * (2 * observation_dim + action_dim + 3)
 
     @property
     def nbytes(self) -> int:
         """Memory of the full buffer."""
         return sum(rows.numel() * rows.element_size() for rows in self._rows)
+
+    @property
+    def actions(self) -> Tensor:
+        """The actions by their place in the ring, (capacity, action_dim)."""
+        return self._rows[1]
 
     def __len__(self) -> int:
         return min(self.count, self.capacity)
@@ -118,10 +202,26 @@ class ReplayBuffer:
             n: Number of transitions.
             generator: Source of randomness, on the buffer's device.
         """
+        return self.at(self.places(n, generator=generator))
+
+    def places(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Places in the ring of transitions drawn uniformly, with replacement, (n).
+
+        Arguments:
+            n: Number of transitions.
+            generator: Source of randomness, on the buffer's device.
+        """
         device = self._size.device
         uniform = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
-        index = (uniform * self._size).long()
-        return Batch(*(rows[index] for rows in self._rows))
+        return (uniform * self._size).long()
+
+    def at(self, places: Tensor) -> Batch:
+        """The transitions at some places of the ring.
+
+        Arguments:
+            places: Numbers of the transitions, modulo ``capacity``, (n).
+        """
+        return Batch(*(rows[places] for rows in self._rows))
 
     def all(self) -> Batch:
         """Everything, the oldest first."""
@@ -173,6 +273,8 @@ class ReplayBuffer:
                 continue
             if begin <= wanted < end:
                 rows = checkpoint.load(path, kind=_KIND, version=_VERSION)["rows"]
+                if len(rows) == len(self._rows) - 1:  # older files do not say: single steps
+                    rows = [*rows, torch.ones_like(rows[-1])]
                 self.count = wanted
                 self.add(Batch(*(r[wanted - begin : min(end, count) - begin] for r in rows)))
                 wanted = self.count

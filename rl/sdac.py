@@ -14,19 +14,10 @@ an energy :math:`E(a | s) = -Q(s, a)/\lambda` in the core's terms, and its loss 
 3. one call of the network, regressed on their weighted mean.
 
 **Temperature.** By default :math:`\lambda` (in units of scaled reward) is tuned so that the policy
-keeps an entropy of ``target_entropy`` nats per dimension. The entropy of a diffusion policy comes
-from its own denoising error: along :math:`x_\sigma = a + \sigma \epsilon`, de Bruijn's identity
-reads
-
-.. math:: H(x_{\sigma_1}) = \tfrac{d_a}{2} \log (2 \pi e\, \sigma_1^2)
-          + \int_{\sigma_1}^{\infty}
-          \frac{\mathbb E\, \| a - D(x_\sigma, \sigma) \|^2}{\sigma^2}\, d \log \sigma,
-
-taken over the T levels with the actions that the critic's target has drawn anyway. It is the
-entropy of actions with noise of the lowest level (0.09 for the cosine schedule), averaged over
-states; a denoiser that is not exact makes it too large, never too small, but for the integral's
-trapezoids and a random error. A step moves
-:math:`\log \lambda` by ``temperature_lr`` times the missing entropy per dimension, within 1.
+keeps an entropy of ``target_entropy`` nats per dimension, measured by its own denoising error
+(:mod:`rl.entropy`) on the actions that the critic's target has drawn anyway: the entropy of
+actions with noise of the lowest level (0.09 for the cosine schedule), averaged over states. A step
+moves :math:`\log \lambda` by ``temperature_lr`` times the missing entropy per dimension, within 1.
 
 K candidates cannot make a policy sharper than they can tell: with the best of 32 uniform draws in
 six dimensions alone it keeps an entropy of 0.4 per dimension, whatever the temperature. So lambda
@@ -53,6 +44,7 @@ import torch
 from torch import Tensor
 
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
+from rl.entropy import PolicyEntropy
 from rl.off_policy import NextAction
 from rl.replay import Batch
 from rsm_sampler.annealing import annealed_estimate
@@ -193,21 +185,7 @@ class SDAC(DiffusionAgent):
         self._ess = torch.full((), float(config.num_draws), device=self.device)
         one = torch.ones(self.action_dim, device=self.device)
         self._box = UniformProposal(-one, one, coordinates="variance_preserving")
-        # The integral over log sigma by trapezoids, and the levels of a batch by strata of what
-        # they are likely to contribute: an action in the box is known to 1/sqrt(3) at least.
-        sigma = self.policy.sigmas[1:].double()
-        width = torch.zeros_like(sigma)
-        gap = sigma.log().diff()
-        width[1:] += 0.5 * gap
-        width[:-1] += 0.5 * gap
-        likely = 1 / (1 + 3 * sigma.square())
-        total = (width * likely).sum()
-        middle = (torch.arange(config.batch_size, device=self.device) + 0.5) / config.batch_size
-        t = torch.searchsorted((width * likely).cumsum(0), middle * total)
-        t = t.clamp(max=config.num_steps - 1)
-        self._strata = sigma[t].float()
-        self._stratum_weight = (total / likely[t] / config.batch_size).float()
-        self._entropy_offset = 0.5 * math.log(2 * math.pi * math.e) + math.log(float(sigma[0]))
+        self._entropy = PolicyEntropy(self.policy.sigmas[1:], config.batch_size)
 
     @property
     def temperature(self) -> float:
@@ -288,11 +266,9 @@ class SDAC(DiffusionAgent):
     def after_policy_step(self, batch: Batch, drawn: NextAction) -> dict[str, Tensor]:
         """The policy's entropy, and a step of the temperature."""
         config: SDACConfig = self.config
-        clean = drawn.action.clamp(-1.0, 1.0)
-        x_t = forward_kernel(clean, self._strata, generator=self.generator)
-        denoised = self.policy.denoiser(x_t, self._strata, self._states(batch))
-        error = (denoised.clamp(-1.0, 1.0) - clean).square().sum(-1) / self._strata.square()
-        entropy = self._entropy_offset + (self._stratum_weight * error).sum() / self.action_dim
+        entropy = self._entropy(
+            self.policy.denoiser, drawn.action, self._states(batch), generator=self.generator
+        )
         if config.temperature_rule == "entropy":
             floor = min(config.min_ess, config.num_draws / 2)
             # In logarithms both; the second is positive where the candidates do not suffice.

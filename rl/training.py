@@ -38,6 +38,8 @@ import torch
 from tqdm.auto import tqdm
 
 from rl.config import AgentConfig
+from rl.dacer import DACER
+from rl.dipo import DIPO
 from rl.dpmd import DPMD
 from rl.environments import (
     EnvironmentFailure,
@@ -48,9 +50,12 @@ from rl.environments import (
 )
 from rl.evaluation import check_fits, evaluate
 from rl.off_policy import OffPolicyAgent
-from rl.replay import Batch, ReplayBuffer
-from rl.sac import SAC
+from rl.qsm import QSM
+from rl.qvpo import QVPO
+from rl.replay import MultiStep, ReplayBuffer
 from rl.sdac import SDAC
+from rl.stable_baselines import FOREIGN, StableBaselinesAgent
+from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
 from rsm_sampler.interrupts import deferred_interrupt
 from rsm_sampler.loggers import JSONLinesLogger, Logger
@@ -58,7 +63,10 @@ from rsm_sampler.version import __version__
 
 __all__ = ["AGENTS", "RunProgress", "load", "read_about", "resume", "train"]
 
-AGENTS: dict[str, type[OffPolicyAgent]] = {"sdac": SDAC, "dpmd": DPMD, "sac": SAC}
+AGENTS: dict[str, type[OffPolicyAgent]] = {
+    kind.name: kind for kind in (SDAC, DPMD, QSM, DIPO, DACER, QVPO)
+}
+AnyAgent = OffPolicyAgent | StableBaselinesAgent
 _LOG = logging.getLogger(__name__)
 _KIND, _VERSION = "run", 1
 
@@ -75,7 +83,7 @@ class RunProgress:
 
     step: int
     mean: float
-    agent: OffPolicyAgent
+    agent: AnyAgent
 
 
 def train(
@@ -96,11 +104,13 @@ def train(
     logger: Logger | None = None,
     callback: Callable[[RunProgress], bool | None] | None = None,
     **changes: Any,  # noqa: ANN401
-) -> OffPolicyAgent:
+) -> AnyAgent:
     """Train an agent; see the agent's own function for its configuration.
 
     Arguments:
-        agent: Name of the agent.
+        agent: Name of the agent: one of ours, or ``"sac"``, ``"td3"`` or ``"ppo"`` of
+            stable-baselines3, whose configuration is that library's; see
+            :mod:`rl.stable_baselines`.
         env: An id, a function that makes an environment, or an environment.
         total_steps: Environment steps.
         seed: Decides everything.
@@ -125,6 +135,27 @@ def train(
         ValueError: If an argument does not fit.
         EnvironmentFailure: If an environment raises or returns NaN; the run is saved before.
     """
+    if agent in FOREIGN:
+        if config != "corrected":
+            raise ValueError(f"config of {agent!r} is set by its fields alone, got {config!r}")
+        return train_foreign(
+            agent,
+            env,
+            total_steps=total_steps,
+            seed=seed,
+            changes=changes,
+            run_dir=run_dir,
+            device=device,
+            eval_env=eval_env,
+            eval_every=eval_every,
+            eval_episodes=eval_episodes,
+            log_every=log_every,
+            progress=progress,
+            logger=logger,
+            callback=None
+            if callback is None
+            else lambda step, mean, trained: callback(RunProgress(step, mean, trained)),
+        )
     run = _Run(
         agent,
         env,
@@ -168,9 +199,12 @@ def resume(
 
     Raises:
         CheckpointError: If the folder holds no run.
-        ValueError: If an environment is needed that has no id.
+        ValueError: If an environment is needed that has no id, or the run is one of
+            stable-baselines3, which begins anew instead: train it again.
     """
     about = read_about(Path(run_dir))
+    if about["agent"] in FOREIGN:
+        raise ValueError(f"run_dir must be of an agent that resumes, got one of {about['agent']}")
     for name, given, known in (("env", env, "by_id"), ("eval_env", eval_env, "eval_by_id")):
         if given is None and not about.get(known, True):  # older folders do not say
             raise ValueError(
@@ -195,7 +229,7 @@ def resume(
     return run.go(progress=progress, logger=logger, callback=callback)
 
 
-def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -> OffPolicyAgent:
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -> AnyAgent:
     """The agent that was saved to a file. Nothing in it is executed.
 
     Arguments:
@@ -206,6 +240,8 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -
         CheckpointError: If the file holds no agent.
     """
     state = checkpoint.load(path, kind="agent", version=1)
+    if state["agent"] in FOREIGN:
+        return StableBaselinesAgent.from_state(state, device=device)
     if state["agent"] not in AGENTS:
         raise checkpoint.CheckpointError(
             f"{os.fspath(path)} must be one of the agents {sorted(AGENTS)}, got {state['agent']!r}"
@@ -234,7 +270,8 @@ class _Run:
         changes: dict[str, Any],
     ) -> None:
         if agent not in AGENTS:
-            raise ValueError(f"agent must be one of {sorted(AGENTS)}, got {agent!r}")
+            known = sorted([*AGENTS, *FOREIGN])
+            raise ValueError(f"agent must be one of {known}, got {agent!r}")
         for name, value in (
             ("total_steps", total_steps),
             ("log_every", log_every),
@@ -315,6 +352,7 @@ class _Run:
                 stacklevel=4,
             )
         self.replay = ReplayBuffer(*sizes, device=self.agent.device)
+        self.returns = MultiStep(config.n_step, config.discount, environments.num_envs)
         self.random = np.random.default_rng([seed, 0])
         self.seed = seed
         self.step, self.owed = 0, 0.0
@@ -405,22 +443,12 @@ class _Run:
             self.latest |= self.agent.update(self.replay)
             self.owed -= 1
         after = environments.step(action)
-        batch = Batch(
-            *(
-                torch.from_numpy(np.ascontiguousarray(part[after.valid], np.float32))
-                for part in (
-                    self.observation,
-                    action,
-                    after.reward,
-                    after.next_observation,
-                    after.terminated,
-                )
-            )
-        )
-        if len(batch.action):
-            self.replay.add(batch)
-            if self.config.normalise_observations:
-                self.agent.moments.update(batch.observation.to(self.agent.device))
+        closed = self.returns.add(self.observation, action, after)
+        if closed is not None:
+            self.replay.add(closed)
+        if self.config.normalise_observations and after.valid.any():
+            seen = torch.from_numpy(self.observation[after.valid])
+            self.agent.moments.update(seen.to(self.agent.device))
         self.observation = after.observation
         self.step += n
 
@@ -524,6 +552,7 @@ class _Run:
             "environments": None if self.failed else self.environments.state(),
             "observation": torch.from_numpy(self.observation.copy()),
             "transitions": self.replay.count,
+            "open_returns": self.returns.state(),
             "step": self.step,
             "owed": self.owed,
             "best": self.best,
@@ -552,6 +581,7 @@ class _Run:
         if self.environments.resumes_exactly and state["environments"] is not None:
             self.environments.restore(state["environments"])
             self.observation = state["observation"].numpy()
+            self.returns.load_state(state.get("open_returns", self.returns.state()))
         else:
             self.observation = self.environments.reset(seed=self.seed + self.step)
         return True

@@ -148,7 +148,7 @@ def test_every_import_is_a_declared_dependency():
     declared = list(project["dependencies"])
     for name in set(extras) - {"test", "docs", "dev"}:
         declared += extras[name]
-    known = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}
+    known = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in declared}
     known.add("sklearn")  # the module of scikit-learn
     for package in PACKAGES:
         for path in files(package):

@@ -4,18 +4,22 @@ import copy
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from rl.critics import Critic, best_candidate
+from rl.dacer import DACER
 from rl.diffusion_agent import kappa_path
+from rl.dipo import DIPO
 from rl.dpmd import DPMD, DPMDConfig
 from rl.off_policy import NextAction
 from rl.policies import DiffusionPolicy
+from rl.qsm import QSM
+from rl.qvpo import QVPO
 from rl.replay import Batch, ReplayBuffer
-from rl.sac import SAC, SACConfig
 from rl.sdac import SDAC, SDACConfig
 from rl.training import load
 from rsm_sampler.box_kernel import TruncatedReverseKernel
@@ -40,6 +44,7 @@ def batch(n=N, dtype=torch.float32):
         torch.randn(n, generator=g, dtype=dtype),
         torch.randn(n, OBS, generator=g, dtype=dtype),
         (torch.rand(n, generator=g) < 0.3).to(dtype),
+        torch.randint(1, 4, (n,), generator=g).to(dtype),
     )
 
 
@@ -63,6 +68,24 @@ def dpmd(preset="corrected", **changes):
     small = {key: value for key, value in SMALL.items() if key != "num_draws"}
     config = DPMDConfig.preset(preset, **{**small, **changes, "policy_states": 4})
     return DPMD(OBS, ACT, config, device="cpu")
+
+
+# The other diffusion agents, and what makes them quick.
+FEW = {
+    QSM: {"num_draws": 8},
+    DIPO: {},
+    DACER: {"entropy_states": 4, "entropy_draws": 16, "kappa_period": 2},
+    QVPO: {"draws_per_state": 4},
+}
+
+
+def small(kind, preset="corrected", **changes):
+    common = {key: value for key, value in SMALL.items() if key != "num_draws"}
+    config = kind.config_type.preset(preset, **{**common, **FEW[kind], **changes})
+    return kind(OBS, ACT, config, device="cpu")
+
+
+qsm, dipo, dacer, qvpo = OTHERS = [partial(small, kind) for kind in FEW]
 
 
 def gradients(agent, loss):
@@ -462,77 +485,6 @@ def test_the_old_policy_is_frozen_between_copies():
     assert torch.equal(kept, next(agent.old_policy.parameters()))
 
 
-# --- SAC -------------------------------------------------------------------------------
-
-
-def sac(**changes):
-    small = {key: SMALL[key] for key in ("width", "batch_size", "replay_size")}
-    return SAC(OBS, ACT, SACConfig.preset(**{**small, **changes}), device="cpu")
-
-
-def test_sac_density_is_that_of_the_squashed_normal():
-    """Against torch's own transformed law."""
-    agent = in_double(sac())
-    observation = batch(dtype=DOUBLE).observation
-    action, log_prob = agent.sample(observation, rng(3))
-    mean, log_std = agent.policy(observation)[0].chunk(2, -1)
-    log_std = -5 + 3.5 * (torch.tanh(log_std) + 1)
-    law = torch.distributions.TransformedDistribution(
-        torch.distributions.Normal(mean, log_std.exp()),
-        torch.distributions.TanhTransform(cache_size=1),
-    )
-    torch.testing.assert_close(log_prob, law.log_prob(action.clamp(-1 + 1e-12, 1 - 1e-12)).sum(-1))
-
-
-def test_sac_target_subtracts_the_entropy_and_the_policy_step_leaves_critics_alone():
-    agent = in_double(sac(temperature=0.3))
-    data = batch(dtype=DOUBLE)
-    drawn = agent.next_action(data, True)
-    agent.generator.manual_seed(5)
-    action, log_prob = agent.sample(data.next_observation, agent.generator)
-    agent.generator.manual_seed(5)
-    again = agent.next_action(data, True)
-    torch.testing.assert_close(again.action, action)
-    torch.testing.assert_close(again.entropy_cost, 0.3 * log_prob)
-    assert drawn.draws is None
-    replay = filled_replay()
-    fresh = sac(policy_period=1)
-    fresh.update(replay)
-    before = [p.grad.clone() for p in fresh.critic.parameters()]
-    fresh.policy_loss(batch(), drawn)[0].backward(inputs=list(fresh.policy.parameters()))
-    for old, parameter in zip(before, fresh.critic.parameters(), strict=True):
-        assert torch.equal(old, parameter.grad)
-
-
-def test_sac_loss_is_the_objective():
-    """lambda log pi - min Q and its gradient, one state after the other."""
-    agent = in_double(sac(temperature=0.3))
-    data = batch(dtype=DOUBLE)
-    agent.generator.manual_seed(5)
-    loss, _ = agent.policy_loss(data, NextAction(data.action))
-    noise = torch.randn(N, ACT, dtype=DOUBLE, generator=rng(5))
-    reference = 0.0
-    for i in range(N):
-        mean, raw = agent.policy(data.observation[i])[0].chunk(2)
-        std = (-5 + 3.5 * (torch.tanh(raw) + 1)).exp()
-        u = mean + std * noise[i]
-        log_normal = torch.distributions.Normal(mean, std).log_prob(u).sum()
-        log_prob = log_normal - torch.log(1 - torch.tanh(u).square()).sum()
-        q = agent.critic.values(data.observation[i], torch.tanh(u)).min()
-        reference = reference + (0.3 * log_prob - q) / N
-    torch.testing.assert_close(loss, reference, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(
-        gradients(agent, loss), gradients(agent, reference), rtol=1e-5, atol=1e-8
-    )
-
-
-def test_sac_temperature_rises_while_entropy_is_missing():
-    for target, sign in ((5.0, 1), (-50.0, -1)):
-        agent = sac(target_entropy=target, temperature_lr=0.01)
-        agent.update(filled_replay())
-        assert sign * math.log(agent.temperature) == pytest.approx(0.01, rel=1e-4)
-
-
 # --- what they share --------------------------------------------------------------------
 
 
@@ -556,7 +508,8 @@ def test_the_critic_follows_equation_28():
     loss = 0.0
     for i in range(N):
         future = min(target.values(data.next_observation[i], action[i]).tolist())
-        y = 0.2 * float(data.reward[i]) + 0.9 * (1 - float(data.terminated[i])) * future
+        alive = 0.9 ** float(data.span[i]) * (1 - float(data.terminated[i]))
+        y = 0.2 * float(data.reward[i]) + alive * future
         values = critic.values(data.observation[i], data.action[i]).tolist()
         loss += sum((v - y) ** 2 for v in values) / N
     assert float(metrics["critic_loss"]) == pytest.approx(loss, rel=1e-6)
@@ -644,7 +597,7 @@ def test_the_learning_rate_falls_linearly():
 @pytest.mark.parametrize(
     ("make", "preset"),
     [
-        *itertools.product([sdac, dpmd], ["corrected", "official", "icml2025"]),
+        *itertools.product([sdac, dpmd, *OTHERS], ["corrected", "official", "icml2025"]),
         (dpmd, "printed"),
     ],
 )
@@ -656,8 +609,9 @@ def test_presets_train_and_predict(make, preset):
     assert action.shape == (ACT,) and state is None and np.abs(action).max() <= 1
 
 
-def test_exploiting_is_a_function_of_the_observation():
-    agent = sdac()
+@pytest.mark.parametrize("make", [sdac, dacer, partial(qsm, "icml2025")])
+def test_exploiting_is_a_function_of_the_observation(make):
+    agent = make()
     observation = np.random.default_rng(0).normal(size=(6, OBS)).astype(np.float32)
     together, _ = agent.predict(observation, deterministic=True)
     alone = [agent.predict(row, deterministic=True)[0] for row in observation]
@@ -666,7 +620,7 @@ def test_exploiting_is_a_function_of_the_observation():
     assert not np.array_equal(*exploring)
 
 
-@pytest.mark.parametrize("make", [sdac, dpmd])
+@pytest.mark.parametrize("make", [sdac, dpmd, *OTHERS, partial(qsm, "icml2025")])
 def test_saved_agents_act_the_same(make, tmp_path):
     agent = make()
     agent.low, agent.high = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
@@ -706,7 +660,8 @@ def test_nothing_is_read_back_in_an_update():
         sdac("official"),
         dpmd(),
         dpmd("official"),
-        sac(),
+        dacer(return_critic=False),
+        *(make(preset) for make in OTHERS for preset in ("corrected", "official", "icml2025")),
     ]
     for agent in agents:
         agent.update(replay)

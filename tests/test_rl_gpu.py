@@ -15,7 +15,7 @@ def filled(device):
     rng = torch.Generator().manual_seed(0)
     parts = [torch.randn(256, 3, generator=rng), 2 * torch.rand(256, 2, generator=rng) - 1]
     parts += [torch.randn(256, generator=rng), torch.randn(256, 3, generator=rng)]
-    replay.add(rl.Batch(*parts, torch.zeros(256)))
+    replay.add(rl.Batch(*parts, torch.zeros(256), torch.ones(256)))
     return replay
 
 
@@ -28,7 +28,11 @@ def filled(device):
         (rl.SDAC, "official", {"policy_states": 16}),
         (rl.DPMD, "corrected", {"policy_states": 16, "critic_layer_norm": True}),
         (rl.DPMD, "official", {}),
-        (rl.SAC, "corrected", {}),
+        (rl.QSM, "corrected", {"policy_states": 16}),
+        (rl.QSM, "icml2025", {"policy_states": 16}),
+        (rl.DIPO, "corrected", {"policy_states": 16, "gradient_clip": 10.0}),
+        (rl.DACER, "corrected", {"policy_states": 16, "return_critic": False}),
+        (rl.QVPO, "corrected", {"policy_states": 16, "target_from_average": True}),
     ],
 )
 def test_captured_updates_train(kind, preset, changes):
@@ -42,9 +46,9 @@ def test_captured_updates_train(kind, preset, changes):
     assert len(set(losses)) == len(losses)  # every replay draws anew
 
 
-@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.SAC])
+@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.QSM, rl.DIPO, rl.DACER, rl.QVPO])
 def test_the_policy_is_that_of_a_cpu(kind, tmp_path):
-    config = kind.config_type(**SMALL, **({} if kind is rl.SAC else {"policy_states": 16}))
+    config = kind.config_type(**SMALL, policy_states=16)
     agent = kind(3, 2, config, device="cuda")
     agent.save(tmp_path / "agent.pt")
     other = rl.load(tmp_path / "agent.pt", device="cpu")

@@ -20,7 +20,7 @@ class Constant:
 
 def batch_of(action):
     zero = torch.zeros(len(action), 1)
-    return Batch(zero, action, zero[:, 0], zero, zero[:, 0])
+    return Batch(zero, action, zero[:, 0], zero, zero[:, 0], zero[:, 0] + 1)
 
 
 def train(agent, draw, steps):

@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
-from rl.replay import Batch, ReplayBuffer
+from rl.environments import Transition
+from rl.replay import Batch, MultiStep, ReplayBuffer
+from rsm_sampler import checkpoint
 from rsm_sampler.checkpoint import CheckpointError
 
 
@@ -9,7 +12,7 @@ def numbered(begin, end):
     """Transitions that carry their number."""
     n = torch.arange(begin, end, dtype=torch.float32)
     return Batch(
-        n[:, None].expand(-1, 3), n[:, None].expand(-1, 2), n, n[:, None] + torch.ones(3), n % 2
+        n[:, None].expand(-1, 3), n[:, None].expand(-1, 2), n, n[:, None] + torch.ones(3), n % 2, n
     )
 
 
@@ -78,7 +81,7 @@ def test_a_missing_transition_is_an_error(tmp_path):
 
 
 def test_size_is_known_beforehand():
-    assert ReplayBuffer.size_in_bytes(1000, 17, 6) == ReplayBuffer(1000, 17, 6).nbytes == 168_000
+    assert ReplayBuffer.size_in_bytes(1000, 17, 6) == ReplayBuffer(1000, 17, 6).nbytes == 172_000
 
 
 @pytest.mark.bad_input
@@ -87,3 +90,54 @@ def test_bad_sizes():
         ReplayBuffer(0, 3, 2)
     with pytest.raises(ValueError, match="batch must have at most 10 transitions, got 11"):
         ReplayBuffer(10, 3, 2).add(numbered(0, 11))
+
+
+@pytest.mark.parametrize("n", [1, 3, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_returns_of_several_steps_are_those_of_the_definition(n, seed):
+    """Two environments, random episodes and resets; against sums taken over whole episodes."""
+    rng, discount, found = np.random.default_rng(seed), 0.9, []
+    returns = MultiStep(n, discount, 2)
+    episodes = [[[]], [[]]]  # of each environment, its episodes' steps
+    number = 0
+    for _ in range(60):
+        observation = np.float32([[number], [number + 1]])
+        number += 2
+        valid, ended = rng.random(2) < 0.9, rng.random(2) < 0.1
+        step = Transition(
+            observation=np.full((2, 1), -1.0, np.float32),
+            next_observation=observation + 2,
+            reward=rng.normal(size=2).astype(np.float32),
+            terminated=ended & (rng.random(2) < 0.5) & valid,
+            ended=ended & valid,
+            valid=valid,
+        )
+        closed = returns.add(observation, -observation, step)
+        if closed is not None:
+            found += [tuple(float(part) for part in row) for row in zip(*closed, strict=True)]
+        for i in np.flatnonzero(valid):
+            row = (observation[i, 0], step.reward[i], step.next_observation[i, 0])
+            episodes[i][-1].append((*row, bool(step.terminated[i])))
+            if step.ended[i]:
+                episodes[i].append([])
+    expected = []
+    for each in (episode for one in episodes for episode in one):
+        over = each is not episodes[0][-1] and each is not episodes[1][-1]
+        for k in range(len(each)):
+            part = each[k : k + n]
+            if len(part) == n or over:
+                total = sum(discount**j * float(r) for j, (_, r, _, _) in enumerate(part))
+                last = part[-1]
+                expected.append((each[k][0], -each[k][0], total, last[2], last[3], len(part)))
+    assert len(found) == len(expected) > 20
+    np.testing.assert_allclose(sorted(found), sorted(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_files_of_an_older_version_hold_single_steps(tmp_path):
+    old = list(numbered(0, 4))[:-1]
+    path = tmp_path / "000000000000-000000000004.pt"
+    checkpoint.save(path, {"rows": old}, kind="replay", version=1)
+    buffer = ReplayBuffer(10, 3, 2)
+    buffer.load(tmp_path, 4)
+    assert torch.equal(buffer.all().span, torch.ones(4))
+    assert torch.equal(buffer.all().terminated, old[-1])

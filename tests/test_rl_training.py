@@ -34,8 +34,9 @@ QUICK = {
 
 def quick(agent="sdac", env="Pendulum-v1", **options):
     small = {"total_steps": 80, "eval_every": 0, **QUICK, "policy_states": 8, **options}
-    if agent == "sac":
-        del small["policy_states"], small["num_steps"]
+    if agent == "dacer":
+        few = {"entropy_states": 4, "entropy_draws": 16, "kappa_period": 10}
+        small = {**few, **small}
     return rl.train(agent, env, **small)
 
 
@@ -55,11 +56,17 @@ OFFICIAL = {"config": "official", "kappa_period": 10, "normalise_observations": 
 @pytest.mark.parametrize(
     ("agent", "env", "changes"),
     [
-        *itertools.product(["sdac", "dpmd", "sac"], ["Pendulum-v1", "InvertedPendulum-v5"], [{}]),
+        *itertools.product(["sdac", "dpmd"], ["Pendulum-v1", "InvertedPendulum-v5"], [{}]),
+        *itertools.product(["qsm", "dipo", "dacer", "qvpo"], ["Pendulum-v1"], [{}]),
+        ("qsm", "Pendulum-v1", {"config": "icml2025", "warmup_steps": 40}),
+        ("dipo", "Pendulum-v1", {"config": "official", "gradient_clip": 1.0}),
+        ("dacer", "Pendulum-v1", {"config": "official", "normalise_observations": True}),
+        ("qvpo", "Pendulum-v1", {"target_from_average": True, "uniform_share_updates": 50}),
         ("sdac", "Pendulum-v1", {**OFFICIAL, "policy_lr_hold": 5, "policy_lr_decay": 10}),
         ("dpmd", "Pendulum-v1", OFFICIAL),
         ("dpmd", "Pendulum-v1", {"old_policy_period": 7, "critic_layer_norm": True}),
         ("sdac", "Pendulum-v1", {"anchor_share": 0.5, "proposal": "next", "chain": "multistep"}),
+        ("dpmd", "Pendulum-v1", {"n_step": 7, "num_envs": 3, "updates_per_step": 1.0}),
     ],
 )
 def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, tmp_path):
@@ -97,8 +104,9 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, t
             assert key.endswith("per_second") or one[key] == other[key]
 
 
-def test_same_seed_same_run_and_other_seed_another():
-    first, again, other = (parameters(quick(seed=seed)) for seed in (0, 0, 1))
+@pytest.mark.parametrize("agent", ["sdac", "qsm", "dipo", "dacer", "qvpo"])
+def test_same_seed_same_run_and_other_seed_another(agent):
+    first, again, other = (parameters(quick(agent, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -460,7 +468,10 @@ def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
         ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
         ({"config": "best"}, "preset must be one of"),
         ({"config": rl.SDACConfig()}, "config must be a preset's name to change"),
-        ({"agent": "ddpg"}, "agent must be one of .'dpmd', 'sac', 'sdac'"),
+        (
+            {"agent": "ddpg"},
+            "agent must be one of .'dacer', 'dipo', 'dpmd', 'ppo', 'qsm', 'qvpo', 'sac', 'sdac', 'td3'",
+        ),
         ({"env": "CartPole-v1"}, "Box of one axis as action space"),
     ],
 )
@@ -481,17 +492,22 @@ def test_a_replay_that_does_not_fit_is_announced(monkeypatch):
         quick()
 
 
-@pytest.mark.parametrize("agent", ["sdac", "dpmd"])
+BANDIT = {
+    "sdac": {"num_draws": 32, "target_entropy": 0.0},
+    "dpmd": {"noise": 0.05, "target_kl": 0.8},
+    "qsm": {"target_entropy": 0.0},
+    "dipo": {"noise": 0.05},
+    "dacer": {"noise": 0.05, "kappa": 1.0, "kappa_lr": 0.0},
+    "qvpo": {"noise": 0.05},
+}
+
+
+@pytest.mark.parametrize("agent", list(BANDIT))
 def test_learns_a_bandit(agent):
     """Most draws of the learned policy lie near one of the two good actions.
 
     Uniform draws do so with probability 0.8 x 2 / 2 = 0.8 of the box at 0.4; at 0.2 it is 0.4.
     """
-    options = (
-        {"num_draws": 32, "target_entropy": 0.0}
-        if agent == "sdac"
-        else {"noise": 0.05, "target_kl": 0.8}
-    )
     trained = rl.train(
         agent,
         Wells,
@@ -507,7 +523,7 @@ def test_learns_a_bandit(agent):
         policy_period=1,
         policy_lr=2e-3,
         critic_lr=2e-3,
-        **options,
+        **BANDIT[agent],
     )
     draws = trained.predict(np.zeros((600, 1)))[0][:, 0]
     near = np.minimum(abs(draws - 0.5), abs(draws + 0.5))

@@ -150,7 +150,7 @@ def optimise(agent: rl.OffPolicyAgent, loss: Tensor, fraction: float) -> None:
 def batch_of(action: Tensor) -> rl.Batch:
     """Transitions of the only state."""
     zero = torch.zeros(len(action))
-    return rl.Batch(torch.zeros(len(action), 1), action, zero, torch.zeros(len(action), 1), zero)
+    return rl.Batch(zero[:, None], action, zero, zero[:, None], zero, zero + 1)
 
 
 def sdac(dim: int, width: float, num_steps: int, seed: int) -> dict:

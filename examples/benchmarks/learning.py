@@ -4,15 +4,19 @@
     python examples/benchmarks/learning.py --agents sdac --envs Pendulum-v1 --seeds 0
 
 One update per environment step, the default configuration but for the few fields of ``SIZES``
-(faster critics than the paper's, for short runs), and 20 evaluation episodes every 1,000 steps on
-environments of their own. A run stops after two evaluations in a row that reach the goal, or at
-its limit of steps; each writes its evaluations to docs/results/learning.json. The Gaussian SAC of
-this library is the yardstick beside them.
+(faster critics than the paper's, for short runs) and, of the agents beside SDAC and DPMD, half the
+width and a hidden layer less, and 20 evaluation episodes every 1,000 steps on environments of
+their own. A run stops after two evaluations in a row that reach the goal, or at its limit of
+steps; each writes its evaluations to docs/results/learning.json. SAC, TD3 and PPO of
+stable-baselines3 are the yardsticks beside them; PPO has 300,000 steps and is evaluated every
+10,000.
 """
 
 import argparse
+import json
 import os
 import time
+from pathlib import Path
 
 import torch
 from results import load, store
@@ -28,12 +32,33 @@ SIZES = {
     "polyak": 0.02,
     "critic_lr": 1e-3,
 }
+SMALL = {**SIZES, "width": 64, "depth": 2}
+AGENTS = {
+    "sdac": SIZES,
+    "dpmd": SIZES,
+    "qsm": SMALL,
+    "dipo": SMALL,
+    "dacer": SMALL,
+    "qvpo": SMALL,
+    # Those of stable-baselines3, with its defaults but for a warm-up like ours, and for Pendulum's
+    # short horizon in PPO.
+    "sac": {"learning_starts": SIZES["warmup_steps"]},
+    "td3": {"learning_starts": SIZES["warmup_steps"]},
+    "ppo": {"gamma": 0.9, "learning_rate": 1e-3, "n_steps": 1024},
+}
+EVERY = {"ppo": 10_000}  # steps between evaluations, if not 1,000
 
 
-def run(agent: str, env: str, seed: int) -> dict:
-    """One run, its evaluations and what it cost."""
+def run(agent: str, env: str, seed: int, folder: Path | None) -> dict | None:
+    """One run, its evaluations and what it cost; None if it was interrupted."""
     limit, goal = GOALS[env]
+    limit = 300_000 if agent == "ppo" else limit
     evaluations: list[tuple[int, float]] = []
+    before, clock = 0.0, None if folder is None else folder / "seconds"
+    if folder is not None and clock is not None and clock.exists():  # it goes on
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        evaluations = [(e["step"], e["eval_mean"]) for e in lines if "eval_mean" in e]
+        before = float(clock.read_text())
 
     def reached(progress: rl.RunProgress) -> bool:
         evaluations.append((progress.step, progress.mean))
@@ -46,12 +71,18 @@ def run(agent: str, env: str, seed: int) -> dict:
         env,
         total_steps=limit,
         seed=seed,
-        eval_every=1000,
+        eval_every=EVERY.get(agent, 1000),
         eval_episodes=20,
         callback=reached,
         progress=False,
-        **SIZES,
+        run_dir=folder,
+        **AGENTS[agent],
     )
+    seconds = before + time.perf_counter() - started
+    if clock is not None:
+        clock.write_text(str(seconds))
+    if trained.interrupted:
+        return None
     first = next((step for step, mean in evaluations if mean >= goal), None)
     return {
         "reached_at": first,
@@ -60,25 +91,31 @@ def run(agent: str, env: str, seed: int) -> dict:
         "steps": evaluations[-1][0],
         "updates": trained.updates,
         "evaluations": evaluations,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
 
 
 def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--agents", nargs="*", default=["sdac", "dpmd", "sac"])
+    parser.add_argument("--agents", nargs="*", default=list(AGENTS), choices=list(AGENTS))
     parser.add_argument("--envs", nargs="*", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--runs", type=Path, help="folder of runs, which go on if interrupted")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for env in arguments.envs:
         for seed in arguments.seeds:
             for agent in arguments.agents:
                 key = f"{agent} {env}/{seed}"
-                if key not in load("learning"):
-                    store("learning", key, run(agent, env, seed))
+                if key in load("learning"):
+                    continue
+                folder = arguments.runs and arguments.runs / f"{agent}-{env}-{seed}"
+                record = run(agent, env, seed, folder)
+                if record is None:
+                    return
+                store("learning", key, record)
     print(f"{'':32}{'goal reached at':>16}{'last':>10}{'best':>10}")
     for key, record in load("learning").items():
         print(

@@ -41,7 +41,8 @@ def random_replay(size: int = 20_000) -> rl.ReplayBuffer:
     observation = torch.randn(size + 1, OBSERVATION, generator=rng)
     action = 2 * torch.rand(size, ACTION, generator=rng) - 1
     reward = torch.randn(size, generator=rng)
-    replay.add(rl.Batch(observation[:-1], action, reward, observation[1:], torch.zeros(size)))
+    ends = torch.zeros(size), torch.ones(size)
+    replay.add(rl.Batch(observation[:-1], action, reward, observation[1:], *ends))
     return replay
 
 
@@ -148,6 +149,7 @@ def memory() -> dict:
                 torch.randn(part),
                 torch.randn(part, sizes[0]),
                 torch.zeros(part),
+                torch.ones(part),
             )
         )
     for _ in range(20):
@@ -169,6 +171,7 @@ def end_to_end(device: str, updates: int, warmup: int) -> dict:
             torch.cuda.reset_peak_memory_stats()
         replay = rl.ReplayBuffer(1_000_000 if cuda else 10_000, *sizes, device=agent.device)
         observation = environments.reset(seed=0)
+        returns = rl.MultiStep(1, 0.99, 5)
         started = time.perf_counter()
         for i in range(warmup + updates):
             if i == warmup:
@@ -179,8 +182,7 @@ def end_to_end(device: str, updates: int, warmup: int) -> dict:
             if i:
                 agent.update(replay)
             step = environments.step(action)
-            parts = (observation, action, step.reward, step.next_observation, step.terminated)
-            replay.add(rl.Batch(*(torch.from_numpy(np.float32(part)) for part in parts)))
+            replay.add(returns.add(observation, action, step))
             observation = step.observation
         if cuda:
             torch.cuda.synchronize()

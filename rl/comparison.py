@@ -1,0 +1,350 @@
+r"""Runs of several agents on several environments side by side: tables, intervals, curves.
+
+A folder of runs (made by :func:`rl.grid.compare`, or by hand: its ``runs/`` holds run folders of
+:mod:`rl.training`) is read by :func:`read`; :func:`write_report` writes
+
+=================== ==========================================================================
+``scores.json``     the return of every run at every evaluation
+``report.md``       last and best, interquartile means and probabilities of improvement with
+                    their intervals, wall time and memory
+``curves.png``      return over steps, all seeds and their mean
+``profiles.png``    share of runs above a normalised return
+=================== ==========================================================================
+
+Returns of different tasks are put together after normalisation: 0 is what random actions get, 1
+the best agent's mean of last returns, or a ``reference`` that is given.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl.environments import Environments
+from rl.statistics import (
+    interquartile_mean,
+    normalised,
+    performance_profile,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
+from rl.training import read_about
+from rsm_sampler.checkpoint import CheckpointError
+from rsm_sampler.loggers import JSONLinesLogger
+from rsm_sampler.plotting import new_figure, save_figure
+
+__all__ = ["Comparison", "Curve", "read", "steps_done", "write_report"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's evaluations and what they took.
+
+    Attributes:
+        steps: Environment steps, (checkpoints).
+        returns: Mean returns, (checkpoints).
+        seconds: Wall time of training, evaluations included.
+        resident_mb: Largest memory of its process.
+    """
+
+    steps: list[int]
+    returns: list[float]
+    seconds: float
+    resident_mb: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of a grid.
+
+    Attributes:
+        curves: By agent, by environment, by seed.
+        random: What random actions get, by environment.
+        total_steps: Length of the runs.
+    """
+
+    curves: dict[str, dict[str, dict[int, Curve]]]
+    random: dict[str, float]
+    total_steps: int
+
+    @property
+    def envs(self) -> list[str]:
+        """Environments, of any agent."""
+        return sorted({env for by_env in self.curves.values() for env in by_env})
+
+    def scores(self, agent: str, which: str = "last") -> dict[str, NDArray[np.float64]]:
+        """Return of each run of an agent, by environment.
+
+        Arguments:
+            agent: Name of the agent.
+            which: ``"last"`` or ``"best"``.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        if which not in ("last", "best"):
+            raise ValueError(f"which must be 'last' or 'best', got {which!r}")
+        return {
+            env: np.array(
+                [
+                    curve.returns[-1] if which == "last" else max(curve.returns)
+                    for _, curve in sorted(runs.items())
+                ]
+            )
+            for env, runs in self.curves[agent].items()
+        }
+
+
+def read(folder: str | os.PathLike[str], *, total_steps: int | None = None) -> Comparison:
+    """The runs of a grid as they are, finished or not.
+
+    Arguments:
+        folder: Folder of the grid.
+        total_steps: Length of the runs; that of the longest if None. Evaluations after it, of
+            runs that were longer, do not count.
+
+    Raises:
+        CheckpointError: If there is no run with an evaluation.
+    """
+    folder = Path(folder).expanduser()
+    curves: dict[str, dict[str, dict[int, Curve]]] = {}
+    longest = 0
+    for path in sorted((folder / "runs").glob("*/run.json")):
+        about = read_about(path.parent)
+        curve = _curve(path.parent, total_steps)
+        if curve.returns:
+            by_env = curves.setdefault(about["agent"], {})
+            by_env.setdefault(about["env"], {})[about["seed"]] = curve
+            longest = max(longest, curve.steps[-1])
+    if not curves:
+        raise CheckpointError(f"no runs at {folder / 'runs'}")
+    envs = sorted({env for by_env in curves.values() for env in by_env})
+    random = _random_returns(folder / "random.json", envs)
+    return Comparison(curves, random, longest if total_steps is None else total_steps)
+
+
+def steps_done(folder: str | os.PathLike[str]) -> int:
+    """Step of a run's last evaluation, 0 before the first.
+
+    Arguments:
+        folder: Folder of the run, which need not exist.
+    """
+    return max(_curve(Path(folder), None).steps, default=0)
+
+
+def write_report(
+    found: Comparison,
+    out: str | os.PathLike[str],
+    *,
+    reference: Mapping[str, float] | None = None,
+) -> Path:
+    """Write scores, tables and figures.
+
+    Arguments:
+        found: The runs.
+        out: The folder.
+        reference: The return that counts as 1, by environment; the best agent's if None.
+
+    Returns:
+        The report, ``report.md``.
+    """
+    out = Path(out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    envs = found.envs
+    high = _best_means(found) if reference is None else dict(reference)
+    # Only where all agents have runs do numbers over tasks compare like with like.
+    common = [
+        env
+        for env in envs
+        if all(env in by for by in found.curves.values()) and high[env] > found.random[env]
+    ]
+    units = {
+        agent: normalised({env: found.scores(agent)[env] for env in common}, found.random, high)
+        for agent in found.curves
+        if common
+    }
+    lines = [
+        f"# {', '.join(found.curves)} at {found.total_steps:,} steps",
+        "",
+        "![curves](curves.png)",
+        "",
+        "Mean ± sample standard deviation over seeds of the return at the last evaluation; below "
+        "it that of each seed's best evaluation, which chance makes larger.",
+        "",
+        *_table(_returns(found, envs)),
+        "",
+        *_cost_lines(found),
+    ]
+    if units:
+        lines += _over_tasks(units, found, high, common)
+        _draw_profiles(units, out / "profiles.png")
+    _draw_curves(found, out / "curves.png")
+    path = out / "report.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def _returns(found: Comparison, envs: Sequence[str]) -> list[list[str]]:
+    rows = [["environment", *found.curves]]
+    for env in envs:
+        for which in ("last", "best"):
+            cells = [
+                _spread(found.scores(agent, which)[env]) if env in by_env else "–"
+                for agent, by_env in found.curves.items()
+            ]
+            rows.append([env if which == "last" else "best of each seed", *cells])
+    return rows
+
+
+def _cost_lines(found: Comparison) -> list[str]:
+    rows = [["agent", "runs", "finished", "minutes of a run", "resident MB"]]
+    for agent, by_env in found.curves.items():
+        runs = [curve for by_seed in by_env.values() for curve in by_seed.values()]
+        minutes = np.array([curve.seconds for curve in runs]) / 60
+        memory = max(curve.resident_mb for curve in runs)
+        done = sum(curve.steps[-1] >= found.total_steps for curve in runs)
+        largest = "–" if math.isnan(memory) else f"{memory:.0f}"
+        rows.append([agent, str(len(runs)), str(done), _spread(minutes), largest])
+    return _table(rows)
+
+
+def _over_tasks(
+    units: dict[str, dict[str, NDArray[np.float64]]],
+    found: Comparison,
+    high: Mapping[str, float],
+    envs: Sequence[str],
+) -> list[str]:
+    means = {
+        agent: stratified_bootstrap(interquartile_mean, runs) for agent, runs in units.items()
+    }
+    best = max(means, key=lambda agent: means[agent].value)
+    rows = [["agent", "interquartile mean", f"P(better than {best})"]]
+    for agent, runs in units.items():
+        better = stratified_bootstrap(probability_of_improvement, runs, units[best])
+        rows.append([agent, str(means[agent]), "–" if agent == best else str(better)])
+    scale = ", ".join(f"{env} {found.random[env]:.1f} and {high[env]:.1f}" for env in envs)
+    return [
+        "",
+        f"Over {len(envs)} task{'s' if len(envs) > 1 else ''}, of last returns, with intervals of "
+        "95 % (stratified bootstrap of runs). Returns that count as 0 and 1: " + scale + ".",
+        "",
+        *_table(rows),
+        "",
+        "![profiles](profiles.png)",
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def _spread(values: NDArray[np.float64]) -> str:
+    if not np.isfinite(values).all():
+        return "–"
+    digits = 0 if abs(values.mean()) >= 100 else 1 if abs(values.mean()) >= 10 else 2
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+
+
+def _best_means(found: Comparison) -> dict[str, float]:
+    """The best agent's mean of last returns, by environment."""
+    return {
+        env: max(
+            float(found.scores(agent)[env].mean())
+            for agent, by_env in found.curves.items()
+            if env in by_env
+        )
+        for env in found.envs
+    }
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def _draw_curves(found: Comparison, path: Path) -> None:
+    envs = found.envs
+    columns = min(len(envs), 3)
+    _, axes = new_figure(math.ceil(len(envs) / columns), columns)
+    for ax, env in zip(axes, envs, strict=False):
+        for i, (agent, by_env) in enumerate(found.curves.items()):
+            runs = list(by_env.get(env, {}).values())
+            for run in runs:
+                ax.plot(np.array(run.steps) / 1000, run.returns, color=f"C{i}", lw=0.7, alpha=0.5)
+            if runs:
+                shared = min((run.steps for run in runs), key=len)
+                mean = np.mean([run.returns[: len(shared)] for run in runs], axis=0)
+                label = f"{agent}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+                ax.plot(np.array(shared) / 1000, mean, color=f"C{i}", lw=2, label=label)
+        ax.axhline(found.random[env], color="0.6", lw=0.8, ls=":")
+        ax.set_title(env, fontsize=9)
+        ax.set_xlabel("1000 environment steps")
+        ax.legend(fontsize=6)
+    for ax in axes[len(envs) :]:
+        ax.set_visible(False)
+    axes[0].set_ylabel("return (dotted: random actions)")
+    save_figure(ax, path)
+
+
+def _draw_profiles(units: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
+    top = max(float(runs.max()) for by_env in units.values() for runs in by_env.values())
+    thresholds = np.linspace(0, max(1.0, top) * 1.05, 200)
+    _, (ax,) = new_figure()
+    for agent, runs in units.items():
+        ax.plot(thresholds, performance_profile(runs, thresholds), label=agent)
+    ax.set_xlabel("normalised return")
+    ax.set_ylabel("share of runs above it")
+    ax.legend(fontsize=7)
+    save_figure(ax, path)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _curve(folder: Path, total_steps: int | None) -> Curve:
+    log, cost = folder / "log.jsonl", folder / "cost.json"
+    lines = JSONLinesLogger.read(log) if log.exists() else []
+    evaluations = [line for line in lines if "eval_mean" in line]
+    found = [(int(line["step"]), float(line["eval_mean"])) for line in evaluations]
+    if total_steps is not None:
+        # Several environments step together and may end a little later.
+        end = min((step for step, _ in found if step >= total_steps), default=total_steps)
+        found = [(step, mean) for step, mean in found if step <= end]
+    taken = json.loads(cost.read_text()) if cost.exists() else {}
+    return Curve(
+        [step for step, _ in found],
+        [mean for _, mean in found],
+        taken.get("seconds", math.nan),
+        taken.get("resident_mb", math.nan),
+    )
+
+
+def _random_returns(path: Path, envs: Sequence[str], episodes: int = 20) -> dict[str, float]:
+    """Mean return of uniformly random actions; kept in a file."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for env in envs:
+        if env in known:
+            continue
+        environments = Environments(env, 1)
+        rng, returns = np.random.default_rng(0), []
+        for i in range(episodes):
+            environments.reset(seed=10_000 + i)
+            environments.finished.clear()
+            while not environments.finished:
+                action = rng.uniform(-1, 1, (1, environments.action_dim))
+                environments.step(action.astype(np.float32))
+            returns.append(environments.finished[0][0])
+        environments.close()
+        known[env] = float(np.mean(returns))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    return {env: known[env] for env in envs}

@@ -1,0 +1,392 @@
+r"""A grid of runs: agents by environments by seeds.
+
+:func:`compare` trains what is missing, each run in a folder of its own under ``runs/``, so that a
+grid that was killed goes on where it was, and then writes the report of :mod:`rl.comparison`.
+Before it starts it says what it will cost, from a few updates that it counts and times.
+"""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
+
+from rl.comparison import Comparison, read, steps_done, write_report
+from rl.config import AgentConfig
+from rl.environments import Environments
+from rl.replay import Batch, ReplayBuffer
+from rl.stable_baselines import FOREIGN, configuration
+from rl.stable_baselines import train as train_foreign
+from rl.training import AGENTS, read_about, train
+from rsm_sampler.loggers import MemoryLogger
+
+__all__ = ["Cost", "compare", "estimate_cost"]
+
+_UPDATES = 20  # that a cost is estimated from
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training an agent on an environment takes.
+
+    Attributes:
+        gflop: Floating-point operations of the networks for an environment step, in 10⁹.
+        seconds: Time for an environment step, with the updates it owes, on this machine.
+    """
+
+    gflop: float
+    seconds: float
+
+
+class _Run(NamedTuple):
+    agent: str
+    env: str
+    seed: int
+    folder: Path
+
+
+def compare(
+    envs: Sequence[str],
+    agents: Sequence[str],
+    *,
+    total_steps: int,
+    out: str | os.PathLike[str],
+    seeds: int | Sequence[int] = 5,
+    jobs: int = 1,
+    ray: str | None = None,
+    reference: Mapping[str, float] | None = None,
+    say: Callable[[str], None] | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Comparison:
+    """Train every agent on every environment with every seed, and write the report.
+
+    Arguments:
+        envs: Ids of environments.
+        agents: Names of agents.
+        total_steps: Environment steps of each run.
+        out: Folder of the grid, new or of an earlier call: what is there is not run again.
+        seeds: The first so many seeds, or the seeds.
+        jobs: Processes at a time; they share the machine's cores.
+        ray: Address of a Ray cluster to run on, ``"local"`` for one on this machine; its nodes
+            must share the folder. None runs processes here.
+        reference: The return that counts as 1, by environment; the best agent's if None.
+        say: Receives lines of progress; they go to standard error if None.
+        **options: As for :func:`~rl.training.train`, for all runs.
+
+    Returns:
+        The curves.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        ImportError: If Ray is asked for and not installed.
+        RuntimeError: If runs failed; the others are kept, and so is the report on them.
+    """
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    for name, given in (("envs", envs), ("agents", agents), ("seeds", chosen)):
+        if not given or len(set(given)) != len(given):
+            raise ValueError(f"{name} must be different ones, at least one, got {given}")
+    known = {*AGENTS, *FOREIGN}
+    if set(agents) - known:
+        raise ValueError(f"agents must be among {sorted(known)}, got {list(agents)}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if options.get("eval_every") == 0:
+        raise ValueError("eval_every must be at least 1, since a comparison needs returns, got 0")
+    if reference is not None and set(reference) != set(envs):
+        raise ValueError(f"reference must have {sorted(envs)}, got {sorted(reference)}")
+    say = _to_standard_error if say is None else say
+    out = Path(out).expanduser()
+    runs = [
+        _Run(agent, env, seed, out / "runs" / f"{agent}-{env}-{seed}")
+        for seed, env, agent in itertools.product(chosen, envs, agents)
+    ]
+    changes = {name: value for name, value in options.items() if name not in _OTHER_OPTIONS}
+    configs = {
+        agent: _configuration(agent, options.get("config", "corrected"), changes)
+        for agent in agents
+    }
+    pending = [run for run in runs if steps_done(run.folder) < total_steps]
+    for run in runs:
+        if run not in pending:
+            _check_same(run, configs[run.agent])
+    say(f"{len(runs)} runs of {total_steps:,} steps, {len(runs) - len(pending)} of them done")
+    if pending:
+        _announce(pending, configs, total_steps, jobs, say)
+    failures = []
+    run_all = _on_ray(ray) if ray is not None else _in_processes
+    for i, (run, error) in enumerate(run_all(pending, total_steps, jobs, options), 1):
+        name = run.folder.name
+        say(f"[{i}/{len(pending)}] {name}{f' failed: {error}' if error else ''}")
+        failures += [f"{name}: {error}"] if error else []
+    found = read(out, total_steps=total_steps)
+    write_report(found, out, reference=reference)
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(runs)} runs failed: " + "; ".join(failures))
+    return found
+
+
+def estimate_cost(
+    agent: str,
+    env: str,
+    *,
+    config: AgentConfig | str = "corrected",
+    updates: int = _UPDATES,
+    **changes: Any,  # noqa: ANN401
+) -> Cost:
+    """Count and time a few updates and actions.
+
+    Arguments:
+        agent: Name of the agent.
+        env: Id of the environment.
+        config: A configuration or the name of a preset.
+        updates: Updates that are timed.
+        **changes: Fields of the configuration that differ from the preset.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    return _cost(agent, env, _configuration(agent, config, changes), updates)
+
+
+# ---------------------------------------------------------------------- cost
+
+
+def _cost(agent: str, env: str, config: AgentConfig | dict[str, Any], updates: int) -> Cost:
+    if isinstance(config, dict):
+        return _foreign_cost(agent, env, config, updates)
+    kind = AGENTS[agent]
+    environments = Environments(env, config.num_envs)
+    sizes = (environments.observation_dim, environments.action_dim)
+    made = kind(*sizes, config, device="auto")
+    replay = ReplayBuffer(max(1000, config.batch_size), *sizes, device=made.device)
+    observation = environments.reset(seed=0)
+    _fill(replay, environments, observation)
+    for _ in range(2 * config.policy_period):
+        made.update(replay)
+        made.act(observation)
+    with FlopCounterMode(display=False, custom_mapping=_linear_flops()) as counter:
+        for _ in range(config.policy_period):
+            made.update(replay)
+    per_update = counter.get_total_flops() / config.policy_period
+    with FlopCounterMode(display=False, custom_mapping=_linear_flops()) as counter:
+        made.act(observation)
+    per_step = counter.get_total_flops() / config.num_envs
+    started = time.perf_counter()
+    for _ in range(updates):
+        made.update(replay)
+    if made.device.type == "cuda":
+        torch.cuda.synchronize()
+    update = (time.perf_counter() - started) / updates
+    started = time.perf_counter()
+    for _ in range(updates):
+        environments.step(made.act(observation))
+    step = (time.perf_counter() - started) / updates / config.num_envs
+    environments.close()
+    rate = config.updates_per_step
+    return Cost((per_step + rate * per_update) / 1e9, step + rate * update)
+
+
+# ---------------------------------------------------------------------- running
+
+
+def _run(run: _Run, total_steps: int, threads: int, options: dict[str, Any]) -> None:
+    """One run, or the rest of it, in a process of its own."""
+    torch.set_num_threads(threads)
+    cost = run.folder / "cost.json"
+    before = json.loads(cost.read_text()) if cost.exists() else {"seconds": 0.0}
+    started = time.perf_counter()
+
+    def keep(_: Any) -> None:  # noqa: ANN401
+        seconds = before["seconds"] + time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        temporary = cost.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"seconds": seconds, "resident_mb": peak}) + "\n")
+        temporary.replace(cost)
+
+    agent = train(
+        run.agent,
+        run.env,
+        seed=run.seed,
+        total_steps=total_steps,
+        run_dir=run.folder,
+        progress=False,
+        callback=keep,
+        **options,
+    )
+    if agent.interrupted:
+        raise KeyboardInterrupt
+
+
+_Outcome = tuple[_Run, str | None]
+
+
+def _in_processes(
+    pending: list[_Run], total_steps: int, jobs: int, options: dict[str, Any]
+) -> Iterator[_Outcome]:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    if not pending:
+        return
+    # A fresh process for each run: its peak of memory is its own. Where the system can, they are
+    # forked from one that has loaded this module and done nothing else.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(_run, run, total_steps, threads, options): run for run in pending}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], _error(future.exception())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _on_ray(address: str) -> Callable[..., Iterator[_Outcome]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("a Ray cluster needs: pip install 'rsm-sampler[ray]'") from error
+
+    def run_all(
+        pending: list[_Run], total_steps: int, jobs: int, options: dict[str, Any]
+    ) -> Iterator[_Outcome]:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        own = not ray.is_initialized()
+        if own:
+            ray.init(
+                None if address == "local" else address,
+                num_cpus=jobs * threads if address == "local" else None,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
+        remote = ray.remote(num_cpus=threads, max_calls=1)(_run)
+        try:
+            tasks = {remote.remote(run, total_steps, threads, options): run for run in pending}
+            while tasks:
+                (ready,), _ = ray.wait(list(tasks))
+                error = None
+                try:
+                    ray.get(ready)
+                except ray.exceptions.RayError as failure:
+                    error = str(failure).strip().splitlines()[-1]
+                yield tasks.pop(ready), error
+        finally:
+            if own:
+                ray.shutdown()
+
+    return run_all
+
+
+def _to_standard_error(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _error(error: BaseException | None) -> str | None:
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _configuration(
+    agent: str, config: AgentConfig | str, changes: dict[str, Any]
+) -> AgentConfig | dict[str, Any]:
+    if agent in FOREIGN:
+        return configuration(agent, changes)
+    kind = AGENTS[agent].config_type
+    return kind.preset(config, **changes) if isinstance(config, str) else config
+
+
+def _foreign_cost(agent: str, env: str, changes: dict[str, Any], updates: int) -> Cost:
+    """As :func:`estimate_cost`, by runs that end soon after the first updates."""
+    on_policy = "learning_starts" not in changes
+    first = 0 if on_policy else changes["learning_starts"]
+    every = changes["n_steps"] if on_policy else updates  # a rollout and its epochs, or updates
+    steps = first + 2 * every
+    options: dict[str, Any] = {"changes": changes, "eval_every": 0, "progress": False}
+    with FlopCounterMode(display=False) as counter:
+        train_foreign(agent, env, total_steps=steps, **options)
+    log = MemoryLogger()
+    train_foreign(agent, env, total_steps=steps, logger=log, log_every=every, **options)
+    rate = log.records[-1]["env_steps_per_second"]
+    return Cost(counter.get_total_flops() / (steps - first) / 1e9, 1 / rate)
+
+
+def _check_same(run: _Run, config: AgentConfig | dict[str, Any]) -> None:
+    """Refuse a finished run of another configuration; one that goes on is checked by train."""
+    kept = read_about(run.folder)["config"]
+    wanted = config if isinstance(config, dict) else asdict(config)
+    for name, value in json.loads(json.dumps(wanted, default=str)).items():
+        if kept.get(name, value) != value:
+            raise ValueError(
+                f"out must hold runs of this configuration, got {run.folder} with {name} "
+                f"{kept[name]} instead of {value}"
+            )
+
+
+def _announce(
+    pending: Iterable[_Run],
+    configs: Mapping[str, AgentConfig | dict[str, Any]],
+    total_steps: int,
+    jobs: int,
+    say: Callable[[str], None],
+) -> None:
+    """The cost of what is to be run, before it starts."""
+    costs: dict[tuple[str, str], Cost] = {}
+    gflop = seconds = 0.0
+    for run in pending:
+        pair = run.agent, run.env
+        if pair not in costs:
+            costs[pair] = _cost(*pair, configs[run.agent], _UPDATES)
+        left = total_steps - steps_done(run.folder)
+        gflop += left * costs[pair].gflop
+        seconds += left * costs[pair].seconds
+    say(
+        f"about {gflop:,.0f} GFLOP and {seconds / 3600 / jobs:.1f} hours with {jobs} "
+        f"process{'es' if jobs > 1 else ''} at a time, evaluations not counted"
+    )
+
+
+_OTHER_OPTIONS = {  # of train, that are no fields of a configuration
+    "config",
+    "device",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "log_every",
+    "eval_env",
+}
+
+
+def _linear_flops() -> dict[Any, Any]:
+    """Operations that the counter does not know: oneDNN's linear layer, where there is one."""
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+    except AttributeError:
+        return {}
+
+    def flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:  # noqa: ANN401
+        return 2 * math.prod(x) * weight[0]
+
+    return {operator: flops}
+
+
+def _fill(replay: ReplayBuffer, environments: Environments, observation: NDArray) -> None:
+    rng, n = torch.Generator().manual_seed(0), replay.capacity
+    states = torch.from_numpy(observation)[torch.randint(len(observation), (n,), generator=rng)]
+    states = states + 0.01 * torch.randn(states.shape, generator=rng)
+    action = 2 * torch.rand(n, environments.action_dim, generator=rng) - 1
+    reward, ends = torch.randn(n, generator=rng), (torch.zeros(n), torch.ones(n))
+    replay.add(Batch(states, action, reward, states, *ends))

@@ -1,0 +1,358 @@
+r"""SAC, TD3 and PPO of stable-baselines3, behind the same training, evaluation and logs.
+
+They are the yardstick, so they are the library's own and not written again: :func:`rl.train`
+takes them by the names ``"sac"``, ``"td3"`` and ``"ppo"``, with the arguments of their classes as
+fields to change, and everything else is that library's default:
+
+    rl.train("sac", "HalfCheetah-v5", total_steps=60_000, learning_starts=5000)
+
+A run folder looks like that of any other agent but for checkpoints: a run that was interrupted
+begins anew. Agents are saved as numbers alone, so that loading one executes nothing.
+
+Note:
+    Its SAC begins to learn after 100 random steps unless ``learning_starts`` says otherwise; the
+    other agents here take 5,000. The library seeds the random numbers of the whole process.
+
+References:
+    | Stable-Baselines3: Reliable Reinforcement Learning Implementations (Raffin et al., 2021)
+    | https://github.com/DLR-RM/stable-baselines3
+"""
+
+import importlib.util
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from tqdm.auto import tqdm
+
+from rl.environments import EnvironmentSource, describe
+from rl.evaluation import evaluate
+from rsm_sampler import checkpoint
+from rsm_sampler.loggers import JSONLinesLogger, Logger
+
+__all__ = ["FOREIGN", "StableBaselinesAgent", "configuration", "train"]
+
+FOREIGN = ("ppo", "sac", "td3")
+_KIND, _VERSION = "agent", 1
+_PLAIN = bool | int | float | str | None
+_SET_HERE = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model"}
+
+
+class StableBaselinesAgent:
+    """A policy of stable-baselines3, to act with.
+
+    Arguments:
+        name: ``"sac"``, ``"td3"`` or ``"ppo"``.
+        policy: The library's policy object.
+        low: Lower ends of the environment's actions.
+        high: Upper ends.
+        seed: The seed of its training.
+        env: Name of the environment, for messages.
+        policy_kwargs: What the policy was made with, besides spaces.
+
+    Attributes:
+        updates: Number of gradient steps so far.
+        interrupted: Whether Ctrl-C ended the training.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        policy: Any,  # noqa: ANN401
+        *,
+        low: ArrayLike,
+        high: ArrayLike,
+        seed: int = 0,
+        env: str = "",
+        policy_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.name, self.policy, self.seed, self.env = name, policy, seed, env
+        self.low, self.high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        self.observation_dim = policy.observation_space.shape[0]
+        self.action_dim = len(self.low)
+        self.policy_kwargs = policy_kwargs or {}
+        self.interrupted, self.updates = False, 0
+
+    def predict(
+        self, observation: ArrayLike, deterministic: bool = False
+    ) -> tuple[NDArray[np.float32], None]:
+        """Actions in the environment's units.
+
+        Arguments:
+            observation: One observation or a batch.
+            deterministic: Whether to take the policy's mean.
+
+        Raises:
+            ValueError: If the observation has another length.
+        """
+        observation = np.asarray(observation, np.float32)
+        if observation.ndim not in (1, 2) or observation.shape[-1] != self.observation_dim:
+            raise ValueError(
+                f"observation must have length {self.observation_dim}, got shape "
+                f"{observation.shape}"
+            )
+        action, _ = self.policy.predict(observation, deterministic=deterministic)
+        return np.asarray(action, np.float32), None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what acting needs: the policy's parameters."""
+        state = {
+            "agent": self.name,
+            "observation_dim": self.observation_dim,
+            "low": torch.from_numpy(self.low),
+            "high": torch.from_numpy(self.high),
+            "seed": self.seed,
+            "env": self.env,
+            "policy_kwargs": self.policy_kwargs,
+            "modules": {"policy": {k: v.cpu() for k, v in self.policy.state_dict().items()}},
+        }
+        checkpoint.save(path, state, kind=_KIND, version=_VERSION)
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Any], *, device: torch.device | str = "auto"
+    ) -> "StableBaselinesAgent":
+        """The agent that :meth:`save` wrote.
+
+        Arguments:
+            state: What the file holds.
+            device: Where the network goes.
+        """
+        n, low, high = state["observation_dim"], state["low"].numpy(), state["high"].numpy()
+        policy = _algorithm(state["agent"]).policy_aliases["MlpPolicy"](
+            gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float32),
+            gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32)),
+            lambda _: 0.0,
+            **state["policy_kwargs"],
+        )
+        policy.load_state_dict(state["modules"]["policy"])
+        policy.set_training_mode(False)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(
+            state["agent"],
+            policy.to(device),
+            low=low,
+            high=high,
+            seed=state["seed"],
+            env=state["env"],
+            policy_kwargs=state["policy_kwargs"],
+        )
+
+
+def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """What decides a run: the arguments of the library's class, its defaults included.
+
+    Arguments:
+        name: ``"sac"``, ``"td3"`` or ``"ppo"``.
+        changes: Arguments that differ from the defaults.
+
+    Raises:
+        ImportError: If the library is not installed.
+        ValueError: If there is no such argument.
+    """
+    kind = _algorithm(name)
+    parameters = inspect.signature(kind.__init__).parameters
+    fields = {
+        field: parameter.default
+        for field, parameter in parameters.items()
+        if field not in _SET_HERE and isinstance(parameter.default, _PLAIN)
+    }
+    for field in changes:
+        if field not in parameters or field in _SET_HERE:
+            raise ValueError(
+                f"config of {name!r} must have arguments of {kind.__name__}, got {field!r}"
+            )
+    return {**fields, **changes}
+
+
+def train(
+    name: str,
+    env: EnvironmentSource,
+    *,
+    total_steps: int,
+    seed: int = 0,
+    changes: dict[str, Any],
+    run_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "auto",
+    eval_env: EnvironmentSource | None = None,
+    eval_every: int | None = None,
+    eval_episodes: int = 20,
+    log_every: int = 1000,
+    progress: bool | None = None,
+    logger: Logger | None = None,
+    callback: Callable[[int, float, StableBaselinesAgent], bool | None] | None = None,
+) -> StableBaselinesAgent:
+    """Train one of the library's agents; arguments as for :func:`rl.train`.
+
+    Arguments:
+        name: ``"sac"``, ``"td3"`` or ``"ppo"``.
+        env: An id, a function that makes an environment, or an environment.
+        total_steps: Environment steps.
+        seed: Decides everything.
+        changes: Arguments of the library's class that differ from its defaults.
+        run_dir: Folder of the run; an unfinished run in it begins anew.
+        device: Where to train.
+        eval_env: Environment of evaluations; ``env`` if None, where that is an id or a function.
+        eval_every: Environment steps between evaluations; a twentieth of the run if None, 0 for
+            none.
+        eval_episodes: Episodes of an evaluation.
+        log_every: Environment steps between lines of the log.
+        progress: Whether to show a progress bar; None to show it on a terminal.
+        logger: Receives the numbers too.
+        callback: Called after each evaluation with step, mean return and agent; a true return
+            value stops the run.
+
+    Returns:
+        The trained agent. After Ctrl-C, the agent as it is.
+
+    Raises:
+        ImportError: If the library is not installed.
+        ValueError: If an argument does not fit.
+    """
+    config = configuration(name, changes)
+    for field, value in (("total_steps", total_steps), ("log_every", log_every)):
+        if value < 1:
+            raise ValueError(f"{field} must be at least 1, got {value}")
+    every = max(1, total_steps // 20) if eval_every is None else eval_every
+    made = gymnasium.make(env) if isinstance(env, str) else env() if callable(env) else env
+    if not isinstance(made, gymnasium.Env):
+        raise ValueError(f"env must be one environment for {name!r}, got {type(made).__name__}")
+    space = made.action_space
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"env must have a box of actions for {name!r}, got {space}")
+    given = not isinstance(env, str) and not callable(env)
+    tried = (None if given else env) if eval_env is None else eval_env
+    folder = None if run_dir is None else Path(run_dir).expanduser()
+    about = {
+        "agent": name,
+        "env": describe(env),
+        "by_id": isinstance(env, str),
+        "seed": seed,
+        "config": json.loads(json.dumps(config, default=str)),
+        "total_steps": total_steps,
+        "eval_every": every,
+    }
+    loggers: list[Logger] = [] if logger is None else [logger]
+    if folder is not None:
+        _claim(folder, about)
+        loggers.append(JSONLinesLogger(folder / "log.jsonl", resume_step=-1))
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    model = _algorithm(name)("MlpPolicy", made, seed=seed, device=device, verbose=0, **changes)
+    kwargs = {key: value for key, value in model.policy_kwargs.items() if key != "use_sde"}
+    agent = StableBaselinesAgent(
+        name,
+        model.policy,
+        low=space.low,
+        high=space.high,
+        seed=seed,
+        env=describe(env),
+        policy_kwargs=kwargs,
+    )
+    disable = None if progress is None else not progress
+    bar = tqdm(total=total_steps, unit="step", disable=disable, desc=f"{name} {describe(env)}")
+    best = -math.inf
+
+    class Watch(BaseCallback):
+        """Logs and evaluates where they are due."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.then = time.perf_counter(), 0
+
+        def _on_step(self) -> bool:
+            step = self.num_timesteps
+            bar.update(min(step, total_steps) - bar.n)
+            if step % log_every == 0:
+                self._log(step)
+            stop = bool(every and step % every == 0 and self._evaluate(step))
+            return not stop and step < total_steps  # PPO would complete its last rollout
+
+        def _log(self, step: int) -> None:
+            (then, before), now = self.then, time.perf_counter()
+            self.then = now, step
+            values = {
+                "env_steps_per_second": (step - before) / max(now - then, 1e-9),
+                "updates": float(model._n_updates),
+            }
+            if model.ep_info_buffer:
+                values["train_return"] = float(np.mean([e["r"] for e in model.ep_info_buffer]))
+            for each in loggers:
+                each.log(step, **values)
+
+        def _evaluate(self, step: int) -> bool:
+            nonlocal best
+            if tried is None:
+                return False
+            training = model.policy.training
+            model.policy.set_training_mode(False)
+            found = evaluate(agent, tried, episodes=eval_episodes)
+            model.policy.set_training_mode(training)
+            if folder is not None and found.mean > best:
+                agent.save(folder / "best.pt")
+            best = max(best, found.mean)
+            if folder is not None:
+                agent.save(folder / "last.pt")
+            record = {"eval_mean": found.mean, "eval_std": found.std, "eval_best": best}
+            for each in loggers:
+                each.log(step, **record)
+            return callback is not None and bool(callback(step, found.mean, agent))
+
+    try:
+        model.learn(total_steps, callback=Watch())
+    except KeyboardInterrupt:
+        agent.interrupted = True
+        tqdm.write(f"interrupted at step {model.num_timesteps:,}")
+    finally:
+        bar.close()
+        for each in loggers:
+            if each is not logger:
+                each.close()
+    agent.updates = model._n_updates
+    model.policy.set_training_mode(False)
+    if folder is not None:
+        agent.save(folder / "last.pt")
+    return agent
+
+
+def _claim(folder: Path, about: dict[str, Any]) -> None:
+    """Make the folder this run's, or make sure that it is."""
+    path = folder / "run.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        for key in ("agent", "env", "seed", "config"):
+            if kept.get(key) != about[key]:
+                raise ValueError(
+                    f"run_dir must be new or hold this run, got {folder} with {key} "
+                    f"{kept.get(key)} instead of {about[key]}"
+                )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"run_dir must be new or hold this run, got {folder} with other files")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".run.json.tmp"
+    temporary.write_text(json.dumps(about, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _algorithm(name: str) -> Any:  # noqa: ANN401
+    if importlib.util.find_spec("stable_baselines3") is None:
+        raise ImportError(
+            f"the agent {name!r} needs: pip install 'rsm-sampler[sb3]'", name="stable_baselines3"
+        )
+    import stable_baselines3
+
+    return {
+        "ppo": stable_baselines3.PPO,
+        "sac": stable_baselines3.SAC,
+        "td3": stable_baselines3.TD3,
+    }[name]

@@ -1,0 +1,124 @@
+"""Agents of stable-baselines3 behind the same training, evaluation and logs."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import rl
+from rl.grid import estimate_cost
+from rsm_sampler.loggers import JSONLinesLogger
+
+pytest.importorskip("stable_baselines3")
+SMALL = {
+    "sac": {"learning_starts": 50, "policy_kwargs": {"net_arch": [16]}},
+    "td3": {"learning_starts": 50, "policy_kwargs": {"net_arch": [16]}},
+    "ppo": {"n_steps": 64, "policy_kwargs": {"net_arch": [16]}},
+}
+
+
+def quick(name, env="Pendulum-v1", **options):
+    given = {"total_steps": 120, "eval_every": 40, "eval_episodes": 2, "progress": False}
+    return rl.train(name, env, **{**given, **SMALL[name], **options})
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_run_folder_is_like_that_of_any_agent(name, tmp_path):
+    seen = []
+    agent = quick(
+        name, run_dir=tmp_path, log_every=30, callback=lambda p: seen.append((p.step, p.mean))
+    )
+    lines = JSONLinesLogger.read(tmp_path / "log.jsonl")
+    assert [(e["step"], e["eval_mean"]) for e in lines if "eval_mean" in e] == seen
+    assert [step for step, _ in seen] == [40, 80, 120]
+    assert [e["step"] for e in lines if "env_steps_per_second" in e] == [30, 60, 90, 120]
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert (about["agent"], about["env"], about["seed"]) == (name, "Pendulum-v1", 0)
+    assert about["config"]["policy_kwargs"] == {"net_arch": [16]}
+    kept = rl.load(tmp_path / "last.pt")
+    observation = np.random.default_rng(0).normal(size=(5, 3))
+    mine, theirs = (a.predict(observation, deterministic=True)[0] for a in (agent, kept))
+    np.testing.assert_array_equal(mine, theirs)
+    assert np.abs(mine).max() <= 2 and mine.std() > 0
+    assert rl.evaluate(kept, "Pendulum-v1", episodes=2).mean == pytest.approx(seen[-1][1])
+    assert agent.updates > 0 and not agent.interrupted
+
+
+def test_a_run_is_decided_by_its_seed():
+    first, again, other = (
+        quick("sac", seed=seed, eval_every=0).policy.state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_an_unfinished_run_begins_anew(tmp_path):
+    whole = quick("td3", run_dir=tmp_path / "whole")
+    quick("td3", run_dir=tmp_path / "parts", callback=lambda p: True)
+    parts = quick("td3", run_dir=tmp_path / "parts")
+    lines = [JSONLinesLogger.read(tmp_path / n / "log.jsonl") for n in ("whole", "parts")]
+    means = [[e["eval_mean"] for e in log if "eval_mean" in e] for log in lines]
+    assert means[0] == means[1] and len(means[0]) == 3
+    for p, q in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_they_are_compared_with_ours(tmp_path):
+    ours = {"eval_every": 60, "eval_episodes": 1}
+    rl.train(
+        "dpmd",
+        "Pendulum-v1",
+        total_steps=60,
+        width=8,
+        batch_size=8,
+        warmup_steps=20,
+        replay_size=100,
+        policy_states=4,
+        num_envs=1,
+        progress=False,
+        run_dir=tmp_path / "runs" / "dpmd-Pendulum-v1-0",
+        **ours,
+    )
+    quick("ppo", total_steps=60, run_dir=tmp_path / "runs" / "ppo-Pendulum-v1-0", eval_every=60)
+    found = rl.comparison.read(tmp_path)
+    assert set(found.curves) == {"dpmd", "ppo"}
+    cost = estimate_cost("sac", "Pendulum-v1", updates=5, **SMALL["sac"])
+    assert cost.gflop > 0 and cost.seconds > 0
+
+
+@pytest.mark.bad_input
+def test_what_cannot_be_meant_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="config of 'sac' must have arguments of SAC, got 'width'"
+    ):
+        quick("sac", width=3)
+    with pytest.raises(
+        ValueError, match="config of 'sac' is set by its fields alone, got 'official'"
+    ):
+        quick("sac", config="official")
+    with pytest.raises(ValueError, match="env must have a box of actions for 'sac', got Discrete"):
+        quick("sac", "CartPole-v1")
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        quick("sac", total_steps=0)
+    with pytest.raises(
+        ValueError, match="env must be one environment for 'sac', got SyncVectorEnv"
+    ):
+        quick("sac", gym.make_vec("Pendulum-v1", 2))
+    quick("ppo", run_dir=tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"run_dir must be new or hold this run, .* seed 0 instead of 1"
+    ):
+        quick("ppo", run_dir=tmp_path / "run", seed=1)
+    with pytest.raises(
+        ValueError, match=r"run_dir must be of an agent that resumes, got one of ppo"
+    ):
+        rl.resume(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match=r"run_dir must be new or hold this run, .* other files"):
+        quick("ppo", run_dir=tmp_path / "other")
+    agent = rl.load(tmp_path / "run" / "last.pt")
+    with pytest.raises(ValueError, match="observation must have length 3, got shape"):
+        agent.predict(np.zeros(4))
