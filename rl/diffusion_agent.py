@@ -75,6 +75,10 @@ class DiffusionConfig(AgentConfig):
         target_from_average: Whether slow copies of policy and critics draw and rank the target's
             actions.
         noise: Standard deviation of normal noise on acting and target actions.
+        persistence: Correlation of the random numbers behind an action with those behind the one
+            before it. Each action follows the policy's law as ever, but what is tried is kept up
+            for about 1/(1 - persistence) steps, where single steps lead nowhere. Only with one
+            behaviour candidate and the ancestral chain.
         kappa: Where the factor on this noise starts that published code tunes; None for none.
         kappa_entropy: The entropy per dimension that it is tuned to, in nats.
         kappa_lr: Adam's learning rate of log kappa.
@@ -94,6 +98,7 @@ class DiffusionConfig(AgentConfig):
     behaviour_from_average: bool = False
     target_from_average: bool = False
     noise: float = 0.0
+    persistence: float = 0.0
     kappa: float | None = None
     kappa_entropy: float = -0.9
     kappa_lr: float = 7e-3
@@ -114,6 +119,13 @@ class DiffusionConfig(AgentConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise must be at least 0 and finite, got {self.noise}")
+        if not 0 <= self.persistence < 1 or (
+            self.persistence > 0 and (self.behaviour_candidates > 1 or self.chain != "ancestral")
+        ):
+            raise ValueError(
+                "persistence must be in [0, 1), and 0 with several behaviour_candidates or "
+                f"another chain than 'ancestral', got {self.persistence}"
+            )
         for name in ("schedule_scale", "start_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -187,6 +199,7 @@ class DiffusionAgent(OffPolicyAgent):
         ).to(self.device)
         self._noise = torch.full((), config.noise, device=self.device)
         self._kappa = torch.ones((), device=self.device)
+        self._acting_noise: Tensor | None = None
         return policy
 
     def make_policy(self, generator: torch.Generator) -> nn.Module:
@@ -206,7 +219,9 @@ class DiffusionAgent(OffPolicyAgent):
 
     def extra_state(self) -> dict[str, Any]:
         """The fixed noises of evaluation, and the tuned one: it acts before an update sets it."""
-        return {"starts": self._starts, "noise": self._noise, "kappa": self._kappa}
+        state = {"starts": self._starts, "noise": self._noise, "kappa": self._kappa}
+        kept = self._acting_noise
+        return state if kept is None else {**state, "acting_noise": kept}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back; agents saved by an older version have those of their seed."""
@@ -214,6 +229,8 @@ class DiffusionAgent(OffPolicyAgent):
             self._starts = state["starts"].to(self.device)
             self._noise.copy_(state["noise"])
             self._kappa.copy_(state["kappa"])
+        if "acting_noise" in state:
+            self._acting_noise = state["acting_noise"].to(self.device)
 
     def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Slow copies and what they follow."""
@@ -243,9 +260,26 @@ class DiffusionAgent(OffPolicyAgent):
     def explore(self, observation: Float[Tensor, "n obs"]) -> Float[Tensor, "n act"]:
         """The best of M draws, plus noise."""
         policy = self.policy if self.average is None else self.average
+        if self.config.persistence > 0:
+            return self._persistent(policy, observation)
         return self._noisy_best(
             policy, observation, self.config.behaviour_candidates, self.acting_generator
         )
+
+    def _persistent(self, policy: DiffusionPolicy, observation: Tensor) -> Tensor:
+        """A draw whose chain has random numbers that change slowly from call to call."""
+        config = self.config
+        shape = config.num_steps + 1, len(observation), self.action_dim
+        fresh = torch.randn(shape, device=self.device, generator=self.acting_generator)
+        kept = self._acting_noise
+        if kept is None or kept.shape != fresh.shape:
+            kept = self._acting_noise = fresh
+        else:
+            kept.mul_(config.persistence).add_(fresh, alpha=math.sqrt(1 - config.persistence**2))
+        with torch.no_grad():
+            action = policy.walk(observation, kept[:-1])
+        action = action + self._noise * kept[-1]
+        return action.clamp(-1.0, 1.0) if config.cut_noise else action
 
     @torch.no_grad()
     def exploit(self, observation: Float[Tensor, "n obs"]) -> Float[Tensor, "n act"]:
