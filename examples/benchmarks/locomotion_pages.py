@@ -175,7 +175,7 @@ def page(agent: str, found: dict) -> str:
     return f"""# Results: {NAMES[agent]}
 
 Written by `python examples/benchmarks/locomotion_pages.py` from `docs/results/locomotion.json`,
-which `python examples/benchmarks/locomotion.py --agents {agent} sac sb3 --threads 1` measures:
+which `python examples/benchmarks/locomotion.py --agents {agent} sb3 --threads 1` measures:
 seeds 0, 1 and 2, one environment, one update per step, 5,000 random steps before the first
 update. Runs of the pendulum, Reacher and Swimmer stop after two evaluations in a row that reach
 their aim.
