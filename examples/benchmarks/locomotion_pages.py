@@ -203,7 +203,8 @@ Machine: {machine(some)}.
 ## One change at a time
 
 Returns of the same evaluations, with the seeds named and, beside them, the same seeds without the
-change (`locomotion.py --change`). One seed is an anecdote: seeds differ by hundreds.
+change (`locomotion.py --change`). One seed is an anecdote: seeds differ by hundreds, and on
+Swimmer by whether they find the long stroke at all.
 
 {ablations(agent)}
 
