@@ -94,7 +94,8 @@ class Comparison:
                 [
                     curve.returns[-1] if which == "last" else max(curve.returns)
                     for _, curve in sorted(runs.items())
-                ]
+                ],
+                np.float64,
             )
             for env, runs in self.curves[agent].items()
         }

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rl.config import AgentConfig
 from rl.critics import Critic, best_candidate
 from rl.off_policy import NextAction, OffPolicyAgent, _slow_copy
-from rl.policies import ChainName, DiffusionPolicy
+from rl.policies import ActionSource, ChainName, DiffusionPolicy
 from rl.replay import Batch
 from rsm_sampler.denoisers import Prediction
 from rsm_sampler.schedules import Cosine, DiscreteSchedule, Linear, VariancePreserving
@@ -301,7 +301,7 @@ class DiffusionAgent(OffPolicyAgent):
 
     def _noisy_best(
         self,
-        policy: DiffusionPolicy,
+        policy: ActionSource,
         observation: Tensor,
         m: int,
         generator: torch.Generator,

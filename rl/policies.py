@@ -17,7 +17,7 @@ times once per chain; a step then only adds the share of the noisy action.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,10 +29,31 @@ from rsm_sampler.ensemble import EnsembleMLP
 from rsm_sampler.flows import DDIM
 from rsm_sampler.schedules import DiscreteSchedule
 
-__all__ = ["ChainName", "DiffusionPolicy", "PolicyNetwork"]
+__all__ = ["ActionSource", "ChainName", "DiffusionPolicy", "PolicyNetwork"]
 
 CHUNK = 2048
 """Actions that one chain draws together on a CPU; what it works on stays in the cache."""
+
+
+@runtime_checkable
+class ActionSource(Protocol):
+    """Anything that draws actions: a diffusion policy, or another chain on its network."""
+
+    def sample(
+        self,
+        observation: Float[Tensor, "n observation_dim"],
+        candidates: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "n candidates action_dim"]:
+        """Independent actions, (n, candidates, action_dim), within [-1, 1].
+
+        Arguments:
+            observation: Observations, (n, observation_dim).
+            candidates: Actions of each.
+            generator: Source of randomness, on the policy's device.
+        """
+
 
 ChainName = Literal["ancestral", "multistep"]
 

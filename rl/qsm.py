@@ -111,6 +111,11 @@ class QSMConfig(DiffusionConfig):
                 f"policy_states must be from 1 to batch_size {self.batch_size}, "
                 f"got {self.policy_states}"
             )
+        if self.persistence > 0 and self.score == "clean":
+            raise ValueError(
+                f"persistence must be 0 for the score 'clean', whose steps are Langevin's, got "
+                f"{self.persistence}"
+            )
         for name in ("wall", "reach", "temperature", "min_ess"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")

@@ -623,6 +623,11 @@ def test_policy_steps_leave_the_critics_alone():
         (QSMConfig, {"temperature_lr": 1.0}, r"temperature_lr must be in \[0, 1\), got 1.0"),
         (QSMConfig, {"score": "dirty"}, "score must be one of .* got 'dirty'"),
         (QSMConfig, {"target": "none"}, "target must be one of .* got 'none'"),
+        (
+            QSMConfig,
+            {"score": "clean", "temperature_rule": "fixed", "persistence": 0.5},
+            "persistence must be 0 for the score 'clean', .* got 0.5",
+        ),
         (QSMConfig, {"score": "clean"}, "temperature_rule must be 'fixed' unless score is"),
         (DIPOConfig, {"action_steps": 0}, "action_steps must be at least 1, got 0"),
         (DIPOConfig, {"action_lr": 0.0}, "action_lr must be positive and finite, got 0.0"),
