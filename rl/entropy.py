@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rsm_sampler.transitions import forward_kernel
 
-__all__ = ["PolicyEntropy"]
+__all__ = ["PolicyEntropy", "missing_entropy"]
 
 
 class PolicyEntropy:
@@ -69,3 +69,23 @@ class PolicyEntropy:
         denoised = denoiser(x_t, self._sigma, observation).clamp(-1.0, 1.0)
         error = (denoised - clean).square().sum(-1) / self._sigma.square()
         return self._offset + (self._weight * error).sum() / action.shape[-1]
+
+
+def missing_entropy(entropy: Tensor, target: float, ess: Tensor, floor: float) -> Tensor:
+    r"""What a step of the logarithm of a temperature is proportional to, within 1.
+
+    .. math:: \max\big(H_{\rm target} - H,\; \log (K_{\min} / K_{\rm eff})\big)
+
+    The second is positive where the candidates do not suffice for the temperature.
+
+    Arguments:
+        entropy: Entropy H per dimension, in nats, without axes.
+        target: The entropy that is tuned for.
+        ess: Effective number of candidates, without axes.
+        floor: What it should be at least.
+
+    Example:
+        >>> missing_entropy(torch.tensor(0.5), -0.5, torch.tensor(8.0), 4.0)
+        tensor(-0.6931)
+    """
+    return torch.stack([target - entropy, (floor / ess).log()]).amax().clamp(-1.0, 1.0)

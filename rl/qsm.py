@@ -52,7 +52,7 @@ from torch import Tensor, nn
 
 from rl.critics import frozen
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
-from rl.entropy import PolicyEntropy
+from rl.entropy import PolicyEntropy, missing_entropy
 from rl.off_policy import NextAction
 from rl.replay import Batch
 from rsm_sampler.ensemble import EnsembleMLP
@@ -359,8 +359,8 @@ class QSM(DiffusionAgent):
         )
         if config.temperature_rule == "entropy":
             floor = min(config.min_ess, config.num_draws / 2)
-            missing = torch.stack([config.target_entropy - entropy, (floor / self._ess).log()])
-            self._log_temperature += config.temperature_lr * missing.amax().clamp(-1.0, 1.0)
+            missing = missing_entropy(entropy, config.target_entropy, self._ess, floor)
+            self._log_temperature += config.temperature_lr * missing
         return {"entropy_per_dim": entropy, "temperature": self._log_temperature.exp()}
 
     def extra_state(self) -> dict[str, Any]:
