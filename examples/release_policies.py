@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rl.training import read_about
+from rl.run import read_about
 from rsm_sampler import rl
 
 EPISODES, SEED = 20, 50_000  # apart from those of training's evaluations

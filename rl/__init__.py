@@ -30,9 +30,10 @@ from rl.off_policy import OffPolicyAgent
 from rl.qsm import QSM, QSMConfig
 from rl.qvpo import QVPO, QVPOConfig
 from rl.replay import Batch, MultiStep, ReplayBuffer
+from rl.run import AGENTS, RunProgress
 from rl.sdac import SDAC, SDACConfig
 from rl.stable_baselines import StableBaselinesAgent
-from rl.training import AGENTS, RunProgress, load, resume, train
+from rl.training import load, resume, train, train_seeds
 
 __all__ = [
     "AGENTS",
@@ -72,6 +73,7 @@ __all__ = [
     "train_qsm",
     "train_qvpo",
     "train_sdac",
+    "train_seeds",
 ]
 
 

@@ -24,9 +24,11 @@ from tyro.conf import Positional, arg
 from rl.environments import EnvironmentFailure
 from rl.evaluation import evaluate as evaluate_agent
 from rl.grid import compare as run_grid
-from rl.training import AGENTS, load, read_about
+from rl.run import AGENTS, read_about
+from rl.training import load
 from rl.training import resume as resume_run
 from rl.training import train as train_agent
+from rl.training import train_seeds as train_many
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import TensorBoardLogger
 
@@ -75,6 +77,7 @@ def train(
     env_id: str,
     total_steps: int,
     seed: int = 0,
+    seeds: int | None = None,
     preset: str = "corrected",
     run_dir: Path | None = None,
     device: str = "auto",
@@ -90,6 +93,8 @@ def train(
         env_id: Gymnasium's id of the environment.
         total_steps: Environment steps.
         seed: Decides everything.
+        seeds: Number of runs in this one process, with seeds from this seed on, each in a folder
+            of its own within the run's; on a GPU their updates are one computation.
         preset: Configuration: corrected, official, icml2025 or, of DPMD, printed.
         run_dir: Folder of the run; runs/AGENT-ENV-SEED if left out.
         device: Where to train; auto takes a GPU where there is one.
@@ -98,20 +103,23 @@ def train(
         tensorboard: Whether to write the log for TensorBoard too, into the run's folder.
         changes: Fields of the configuration to change.
     """
-    folder = Path("runs", f"{agent}-{env_id}-{seed}") if run_dir is None else run_dir
-    trained = train_agent(
-        agent,
-        env_id,
-        total_steps=total_steps,
-        seed=seed,
-        config=preset,
-        run_dir=folder,
-        device=device,
-        eval_every=eval_every,
-        eval_episodes=eval_episodes,
-        logger=TensorBoardLogger(folder / "tensorboard") if tensorboard else None,
+    name = f"{agent}-{env_id}" + (f"-{seed}" if seeds is None else "")
+    folder = Path("runs", name) if run_dir is None else run_dir
+    options: dict[str, Any] = {
+        "total_steps": total_steps,
+        "config": preset,
+        "run_dir": folder,
+        "device": device,
+        "eval_every": eval_every,
+        "eval_episodes": eval_episodes,
+        "logger": TensorBoardLogger(folder / "tensorboard") if tensorboard else None,
         **dict(_change(text) for text in changes),
-    )
+    }
+    if seeds is not None:
+        agents = train_many(agent, env_id, seeds=range(seed, seed + seeds), **options)
+        statuses = [_report(folder / f"seed-{each.seed}", each.interrupted) for each in agents]
+        return max(statuses)
+    trained = train_agent(agent, env_id, seed=seed, **options)
     return _report(folder, trained.interrupted)
 
 

@@ -1,7 +1,7 @@
 r"""Runs of several agents on several environments side by side: tables, intervals, curves.
 
 A folder of runs (made by :func:`rl.grid.compare`, or by hand: its ``runs/`` holds run folders of
-:mod:`rl.training`) is read by :func:`read`; :func:`write_report` writes
+:mod:`rl.run`) is read by :func:`read`; :func:`write_report` writes
 
 =================== ==========================================================================
 ``scores.json``     the return of every run at every evaluation
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl.environments import Environments
+from rl.run import read_about
 from rl.statistics import (
     interquartile_mean,
     normalised,
@@ -33,7 +34,6 @@ from rl.statistics import (
     probability_of_improvement,
     stratified_bootstrap,
 )
-from rl.training import read_about
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import JSONLinesLogger
 from rsm_sampler.plotting import new_figure, save_figure

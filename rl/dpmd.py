@@ -157,6 +157,7 @@ class DPMD(DiffusionAgent):
 
     name = "dpmd"
     config_type = DPMDConfig
+    stackable = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
         super().__init__(*arguments, **options)
@@ -235,8 +236,8 @@ class DPMD(DiffusionAgent):
             else:
                 standard = value
             log_weight = standard * self._log_temperature.neg().exp().to(standard.dtype)
-            self._value_mean.lerp_(value.mean().float(), config.moments_rate)
-            self._value_std.lerp_(value.std().float(), config.moments_rate)
+            for moment, now in ((self._value_mean, value.mean()), (self._value_std, value.std())):
+                moment += config.moments_rate * (now.to(moment.dtype) - moment)
         _, sigma = self._levels_of(n)
         loss = self._loss(action, sigma, log_weight, observation)
         weight = torch.softmax(log_weight, 0)

@@ -27,9 +27,10 @@ from rl.comparison import Comparison, read, steps_done, write_report
 from rl.config import AgentConfig
 from rl.environments import Environments
 from rl.replay import Batch, ReplayBuffer
+from rl.run import AGENTS, read_about
 from rl.stable_baselines import FOREIGN, configuration
 from rl.stable_baselines import train as train_foreign
-from rl.training import AGENTS, read_about, train
+from rl.training import train
 from rsm_sampler.loggers import MemoryLogger
 
 __all__ = ["Cost", "compare", "estimate_cost"]

@@ -14,6 +14,7 @@ host: on a GPU it is captured as a graph.
 import copy
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -30,7 +31,7 @@ from rl.graphs import Captured
 from rl.replay import Batch, ReplayBuffer
 from rsm_sampler import checkpoint
 
-__all__ = ["NextAction", "OffPolicyAgent", "RunningMoments"]
+__all__ = ["Alone", "NextAction", "OffPolicyAgent", "RunningMoments", "set_lr"]
 
 _KIND, _VERSION = "agent", 1
 # Copies that only training needs, and what they are copies of.
@@ -52,6 +53,27 @@ class NextAction(NamedTuple):
     action: Tensor
     entropy_cost: Tensor | float = 0.0
     draws: Tensor | None = None
+
+
+class Alone:
+    """How one agent's update runs: its own losses, its own parameters."""
+
+    def call(self, part: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
+        """A part of an update.
+
+        Arguments:
+            part: A method of the agent.
+            *arguments: Tensors, in tuples and dictionaries.
+        """
+        return part(*arguments)
+
+    def parameters(self, module: nn.Module) -> list[Tensor]:
+        """The parameters of one of the agent's networks."""
+        return list(module.parameters())
+
+    def clip(self, parameters: list[Tensor], limit: float) -> None:
+        """Shorten a gradient that is longer than a limit."""
+        nn.utils.clip_grad_norm_(parameters, limit)
 
 
 class RunningMoments(nn.Module):
@@ -111,6 +133,8 @@ class OffPolicyAgent(ABC):
 
     name: ClassVar[str]
     config_type: ClassVar[type[AgentConfig]]
+    # Whether torch.vmap maps an update's parts over agents; see rl.lockstep.
+    stackable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -154,8 +178,8 @@ class OffPolicyAgent(ABC):
         ).to(self.device)
         self.target_critic = _slow_copy(self.critic)
         self.policy = self.build_policy(weights).to(self.device)
-        self.critic_optimiser = self._adam(self.critic, config.critic_lr)
-        self.policy_optimiser = self._adam(self.policy, config.policy_lr)
+        self.critic_optimiser = self.adam(self.critic.parameters(), config.critic_lr)
+        self.policy_optimiser = self.adam(self.policy.parameters(), config.policy_lr)
         if self.device.type == "cpu":
             # The C library gives blocks above a threshold back to the system when they are freed,
             # and every layer would fault its pages in anew, at twice the cost of its arithmetic.
@@ -294,16 +318,7 @@ class OffPolicyAgent(ABC):
         Returns:
             Numbers for a log, as tensors without axes: reading them makes the host wait.
         """
-        config = self.config
-        self.before_update()
-        with_policy = (self.updates + 1) % config.policy_period == 0
-        with_target = (self.updates + 1) % config.target_period == 0
-        if with_policy:
-            step = self.updates // config.policy_period - config.policy_lr_hold
-            fraction = min(1.0, max(0.0, step / config.policy_lr_decay))
-            final = config.policy_lr if config.policy_lr_final is None else config.policy_lr_final
-            fall = final - config.policy_lr
-            _set_lr(self.policy_optimiser, config.policy_lr + fraction * fall)
+        with_policy, with_target = self.begin_update()
         key = (id(replay), with_policy, with_target)
         if key not in self._captured:
             self._captured[key] = Captured(
@@ -314,6 +329,28 @@ class OffPolicyAgent(ABC):
         self.updates += 1
         return self._captured[key]()
 
+    def begin_update(self) -> tuple[bool, bool]:
+        """The host's part: schedules and learning rate.
+
+        Returns:
+            Whether this update takes a step of the policy, and one of the slow copies.
+        """
+        config = self.config
+        self.before_update()
+        with_policy = (self.updates + 1) % config.policy_period == 0
+        if with_policy:
+            set_lr(self.policy_optimiser, self.policy_lr)
+        return with_policy, (self.updates + 1) % config.target_period == 0
+
+    @property
+    def policy_lr(self) -> float:
+        """The policy's learning rate, by the number of updates."""
+        config = self.config
+        step = self.updates // config.policy_period - config.policy_lr_hold
+        fraction = min(1.0, max(0.0, step / config.policy_lr_decay))
+        final = config.policy_lr if config.policy_lr_final is None else config.policy_lr_final
+        return config.policy_lr + fraction * (final - config.policy_lr)
+
     def release(self) -> None:
         """Let go of the replay and of captured graphs; a later update makes them anew."""
         self._captured.clear()
@@ -322,8 +359,45 @@ class OffPolicyAgent(ABC):
     def _update(
         self, replay: ReplayBuffer, with_policy: bool, with_target: bool
     ) -> dict[str, Tensor]:
+        batch = replay.sample(self.config.batch_size, generator=self.generator)
+        return self.learn(batch, with_policy, with_target, Alone())
+
+    def learn(
+        self, batch: Batch, with_policy: bool, with_target: bool, runner: "Alone"
+    ) -> dict[str, Tensor]:
+        """The device's part of an update.
+
+        Arguments:
+            batch: Transitions with raw observations.
+            with_policy: Whether to take a step of the policy.
+            with_target: Whether to take one of the slow copies.
+            runner: How losses are evaluated, and where parameters are; see
+                :mod:`rl.lockstep` for many agents at once.
+
+        Returns:
+            Numbers for a log.
+        """
         config = self.config
-        batch = replay.sample(config.batch_size, generator=self.generator)
+        batch, drawn, loss, metrics = runner.call(partial(self._critic_part, with_policy), batch)
+        self._step(loss, self.critic_optimiser, runner)
+        if with_policy:
+            loss, more = runner.call(self._policy_part, batch, drawn)
+            self._step(loss, self.policy_optimiser, runner)
+            metrics = metrics | more | runner.call(self._tuning_part, batch, drawn)
+        for _ in range(config.critic_steps - 1):
+            self.critic_optimiser.step()
+        if with_target:
+            with torch.no_grad():
+                for slow, fast in self.slow_pairs():
+                    torch._foreach_lerp_(
+                        runner.parameters(slow), runner.parameters(fast), config.polyak
+                    )
+        return metrics
+
+    def _critic_part(
+        self, with_policy: bool, batch: Batch
+    ) -> tuple[Batch, dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Standardised transitions, what was drawn, the critic's loss and numbers for a log."""
         batch = batch._replace(
             observation=self._standardised(batch.observation),
             next_observation=self._standardised(batch.next_observation),
@@ -331,10 +405,6 @@ class OffPolicyAgent(ABC):
         with torch.no_grad():
             drawn = self.next_action(batch, with_policy)
         loss, values = self.critic_loss(batch, drawn)
-        self.critic_optimiser.zero_grad()
-        loss.backward()
-        self._clip(self.critic)
-        self.critic_optimiser.step()
         detached = values.detach()
         metrics = {
             "critic_loss": loss.detach(),
@@ -342,32 +412,37 @@ class OffPolicyAgent(ABC):
             "value_gap": (detached[0] - detached[-1]).abs().mean(),
             "share_at_bounds": (drawn.action.abs() > 0.999).float().mean(),
         }
-        if with_policy:
-            policy_loss, more = self.policy_loss(batch, drawn)
-            self.policy_optimiser.zero_grad()
-            policy_loss.backward(inputs=list(self.policy.parameters()))
-            self._clip(self.policy)
-            self.policy_optimiser.step()
-            metrics |= {"policy_loss": policy_loss.detach(), **more}
-            metrics |= self.after_policy_step(batch, drawn)
-        for _ in range(config.critic_steps - 1):
-            self.critic_optimiser.step()
-        if with_target:
-            for slow, fast in self.slow_pairs():
-                torch._foreach_lerp_(
-                    list(slow.parameters()), list(fast.parameters()), config.polyak
-                )
-        return metrics
+        kept = {name: x for name, x in drawn._asdict().items() if isinstance(x, Tensor)}
+        return batch, kept, loss, metrics
 
-    def _clip(self, module: nn.Module) -> None:
-        """Shorten a gradient that is longer than ``gradient_clip``."""
+    def _policy_part(
+        self, batch: Batch, drawn: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.policy_loss(batch, NextAction(**drawn))
+        return loss, {"policy_loss": loss.detach(), **metrics}
+
+    def _tuning_part(self, batch: Batch, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.after_policy_step(batch, NextAction(**drawn))
+
+    def _step(self, loss: Tensor, optimiser: torch.optim.Optimizer, runner: "Alone") -> None:
+        """A step down the loss, with the gradient cut to ``gradient_clip``."""
+        parameters = optimiser.param_groups[0]["params"]
+        optimiser.zero_grad()
+        loss.sum().backward(inputs=parameters)
         if self.config.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
+            runner.clip(parameters, self.config.gradient_clip)
+        optimiser.step()
 
-    def _adam(self, module: nn.Module, lr: float) -> torch.optim.Adam:
+    def adam(self, parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+        """An optimiser of parameters on the agent's device.
+
+        Arguments:
+            parameters: The parameters.
+            lr: Learning rate; graphs read it on the device.
+        """
         cuda = self.device.type == "cuda"
         rate = torch.tensor(lr, device=self.device) if cuda else lr
-        return torch.optim.Adam(module.parameters(), lr=rate, fused=True, capturable=cuda)
+        return torch.optim.Adam(parameters, lr=rate, fused=True, capturable=cuda)
 
     # ------------------------------------------------------------------ saving
 
@@ -476,7 +551,13 @@ def _slow_copy(module: nn.Module) -> Any:  # noqa: ANN401
     return slow
 
 
-def _set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Change the learning rate, on the device where a graph reads it.
+
+    Arguments:
+        optimiser: The optimiser.
+        lr: Its new learning rate.
+    """
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

@@ -284,7 +284,8 @@ class _Bound:
 
     def __init__(self, policy: DiffusionPolicy, observation: Tensor, candidates: int) -> None:
         body = policy.network.body
-        self.body, self.prepared, self.candidates = body, body.prepared(), candidates
+        self.body, self.candidates = body, candidates
+        self.prepared = None if body.plain else body.prepared()
         self.buffer: Tensor | None = None
         self.coefficients = policy._coefficients
         self.weight = body.weights[0][0, : policy.action_dim]
@@ -318,6 +319,10 @@ class _Bound:
             before = self.observed - self.times[sigma]
         if self.candidates == 1:
             y = torch.addmm(before, x, self.weight, alpha=-shrink)
+        elif self.body.plain:
+            y = before.unsqueeze(1) - shrink * (x @ self.weight).view(
+                len(before), self.candidates, -1
+            )
         else:
             if self.buffer is None:
                 self.buffer = x.new_empty(len(x), self.weight.shape[-1])
@@ -325,4 +330,5 @@ class _Bound:
             y = self.buffer.view(len(before), self.candidates, -1)
             torch.sub(before.unsqueeze(1), y, alpha=shrink, out=y)
         output = self.body.rest(y.view(1, len(x), -1), self.prepared)[0]
-        return torch.add(keep * x, output, alpha=gain).clamp_(-1.0, 1.0)
+        x_0 = torch.add(keep * x, output, alpha=gain)
+        return x_0.clamp(-1.0, 1.0) if self.body.plain else x_0.clamp_(-1.0, 1.0)

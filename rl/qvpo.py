@@ -160,6 +160,7 @@ class QVPO(DiffusionAgent):
 
     name = "qvpo"
     config_type = QVPOConfig
+    stackable = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
         super().__init__(*arguments, **options)

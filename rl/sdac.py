@@ -172,6 +172,7 @@ class SDAC(DiffusionAgent):
 
     name = "sdac"
     config_type = SDACConfig
+    stackable = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
         super().__init__(*arguments, **options)

@@ -4,86 +4,31 @@ In each round the agent acts on the current observations, makes the updates that
 environments step; then the transitions enter the replay. Updates thus never see the transition of
 their own round, and on a GPU they run while the environments step.
 
-**A run folder** holds everything:
-
-=================== ==========================================================================
-``run.json``        agent, environment, seed, length, configuration, versions
-``log.jsonl``       numbers, one line each ``log_every`` steps and for each evaluation
-``checkpoint.pt``   the exact state of the run, but for the replay
-``replay/``         the transitions, each written once
-``last.pt``         the agent after the last evaluation or at the end, for :func:`rl.load`
-``best.pt``         the agent of the best evaluation
-=================== ==========================================================================
-
-A run that was interrupted and resumed equals one that was not, bit for bit on a CPU with a fixed
-number of threads, for environments whose state can be taken (MuJoCo, classic control, and those
-with ``get_state`` and ``set_state``); others start new episodes, which is printed. After a
-failure of an environment all start new episodes, since some may have stepped.
+Several runs that differ in their seeds share the loop, round by round. What a run is, and what its
+folder holds, stands in :mod:`rl.run`.
 """
 
-import json
-import logging
 import os
-import platform
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from rl.config import AgentConfig
-from rl.dacer import DACER
-from rl.dipo import DIPO
-from rl.dpmd import DPMD
-from rl.environments import (
-    EnvironmentFailure,
-    Environments,
-    EnvironmentSource,
-    describe,
-    is_environment,
-)
-from rl.evaluation import check_fits, evaluate
+from rl.environments import EnvironmentSource, is_environment
+from rl.lockstep import Lockstep
 from rl.off_policy import OffPolicyAgent
-from rl.qsm import QSM
-from rl.qvpo import QVPO
-from rl.replay import MultiStep, ReplayBuffer
-from rl.sdac import SDAC
+from rl.run import AGENTS, AnyAgent, Run, RunProgress, read_about
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
 from rsm_sampler.interrupts import deferred_interrupt
-from rsm_sampler.loggers import JSONLinesLogger, Logger
-from rsm_sampler.version import __version__
+from rsm_sampler.loggers import Logger
 
-__all__ = ["AGENTS", "RunProgress", "load", "read_about", "resume", "train"]
-
-AGENTS: dict[str, type[OffPolicyAgent]] = {
-    kind.name: kind for kind in (SDAC, DPMD, QSM, DIPO, DACER, QVPO)
-}
-AnyAgent = OffPolicyAgent | StableBaselinesAgent
-_LOG = logging.getLogger(__name__)
-_KIND, _VERSION = "run", 1
-
-
-@dataclass(frozen=True)
-class RunProgress:
-    """What a callback sees, after each evaluation.
-
-    Attributes:
-        step: Environment steps so far.
-        mean: Mean return of the evaluation.
-        agent: The agent.
-    """
-
-    step: int
-    mean: float
-    agent: AnyAgent
+__all__ = ["load", "resume", "train", "train_seeds"]
 
 
 def train(
@@ -156,7 +101,7 @@ def train(
             if callback is None
             else lambda step, mean, trained: callback(RunProgress(step, mean, trained)),
         )
-    run = _Run(
+    run = Run(
         agent,
         env,
         total_steps=total_steps,
@@ -171,7 +116,97 @@ def train(
         log_every=log_every,
         changes=changes,
     )
-    return run.go(progress=progress, logger=logger, callback=callback)
+    _go([run], progress=progress, loggers=[logger], callback=callback)
+    return run.agent
+
+
+def train_seeds(
+    agent: str,
+    env: EnvironmentSource,
+    *,
+    seeds: int | Sequence[int],
+    total_steps: int,
+    batched: bool | None = None,
+    config: AgentConfig | str = "corrected",
+    run_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "auto",
+    eval_env: EnvironmentSource | None = None,
+    eval_every: int | None = None,
+    eval_episodes: int = 20,
+    checkpoint_every: int | None = None,
+    log_every: int = 1000,
+    progress: bool | None = None,
+    logger: Logger | None = None,
+    callback: Callable[[RunProgress], bool | None] | None = None,
+    **changes: Any,  # noqa: ANN401
+) -> list[OffPolicyAgent]:
+    """Train an agent with several seeds in one process.
+
+    The runs are those of :func:`train` with each seed, with environments, replay, random numbers
+    and folder of their own, and each can be resumed by itself.
+
+    Arguments:
+        agent: Name of one of our agents.
+        env: An id, or a function that makes an environment.
+        seeds: The seeds, or how many: 0, 1, ...
+        total_steps: Environment steps of each run.
+        batched: Whether the updates of all are one computation (see :mod:`rl.lockstep`), or are
+            made one after the other; None takes the first on a GPU, for agents that can.
+        config: As in :func:`train`.
+        run_dir: Folder of the runs, which are in its folders ``seed-0`` and so on.
+        device: As in :func:`train`.
+        eval_env: As in :func:`train`, but not an environment.
+        eval_every: As in :func:`train`.
+        eval_episodes: As in :func:`train`.
+        checkpoint_every: As in :func:`train`.
+        log_every: As in :func:`train`.
+        progress: As in :func:`train`.
+        logger: Receives the numbers of all, under ``seed-0/`` and so on.
+        callback: Called after each evaluation of each run; all stop once those of all runs have
+            returned a true value.
+        **changes: As in :func:`train`.
+
+    Returns:
+        The trained agents, in the order of the seeds.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        EnvironmentFailure: If an environment raises or returns NaN; all runs are saved before.
+    """
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds must be at least one, all different, got {seeds}")
+    if agent in FOREIGN:
+        raise ValueError(f"agent must be one of {sorted(AGENTS)} for several seeds, got {agent!r}")
+    for name, source in (("env", env), ("eval_env", eval_env)):
+        if source is not None and is_environment(source):
+            raise ValueError(f"{name} must be an id or a function for several seeds, got {source}")
+    runs = [
+        Run(
+            agent,
+            env,
+            total_steps=total_steps,
+            seed=seed,
+            config=config,
+            run_dir=None if run_dir is None else Path(run_dir, f"seed-{seed}"),
+            device=device,
+            eval_env=eval_env,
+            eval_every=eval_every,
+            eval_episodes=eval_episodes,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            changes=changes,
+        )
+        for seed in chosen
+    ]
+    first = runs[0].agent
+    if batched and not first.stackable:
+        raise ValueError(f"batched must be False or None for the agent {agent!r}, got True")
+    if batched is None:
+        batched = first.stackable and first.device.type == "cuda"
+    loggers = [None if logger is None else _Named(logger, f"seed-{seed}/") for seed in chosen]
+    _go(runs, progress=progress, loggers=loggers, callback=callback, batched=batched)
+    return [run.agent for run in runs]
 
 
 def resume(
@@ -211,7 +246,7 @@ def resume(
                 f"{name} must be given for a run on {about[name]}, which has no id, got None"
             )
     kind = AGENTS[about["agent"]].config_type
-    run = _Run(
+    run = Run(
         about["agent"],
         about["env"] if env is None else env,
         total_steps=about["total_steps"] if total_steps is None else total_steps,
@@ -226,7 +261,8 @@ def resume(
         log_every=about["log_every"],
         changes={},
     )
-    return run.go(progress=progress, logger=logger, callback=callback)
+    _go([run], progress=progress, loggers=[logger], callback=callback)
+    return run.agent
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -> AnyAgent:
@@ -249,392 +285,119 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -
     return AGENTS[state["agent"]].from_state(state, device=device)
 
 
-class _Run:
-    """One run: its parts, its loop, its folder."""
+def _go(
+    runs: list[Run],
+    *,
+    progress: bool | None,
+    loggers: Sequence[Logger | None],
+    callback: Callable[[RunProgress], bool | None] | None,
+    batched: bool = False,
+) -> None:
+    """Run to the end, or to an interruption."""
+    going_on = [run.open(logger) for run, logger in zip(runs, loggers, strict=True)]
+    first, many = runs[0], len(runs) > 1
+    bar = tqdm(
+        total=first.total_steps,
+        initial=min(run.step for run in runs),
+        unit="step",
+        disable=None if progress is None else not progress,
+    )
+    title = f"{first.agent.name} {first.about['env']}"
+    bar.set_description(f"{title}, {len(runs)} seeds" if many else title)
 
-    def __init__(
-        self,
-        agent: str,
-        env: EnvironmentSource,
-        *,
-        total_steps: int,
-        seed: int,
-        config: AgentConfig | str,
-        run_dir: str | os.PathLike[str] | None,
-        device: torch.device | str,
-        eval_env: EnvironmentSource | None,
-        eval_every: int | None,
-        eval_episodes: int,
-        checkpoint_every: int | None,
-        log_every: int,
-        changes: dict[str, Any],
-    ) -> None:
-        if agent not in AGENTS:
-            known = sorted([*AGENTS, *FOREIGN])
-            raise ValueError(f"agent must be one of {known}, got {agent!r}")
-        for name, value in (
-            ("total_steps", total_steps),
-            ("log_every", log_every),
-            ("eval_episodes", eval_episodes),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        twentieth = max(1, total_steps // 20)
-        self.eval_every = twentieth if eval_every is None else eval_every
-        self.checkpoint_every = twentieth if checkpoint_every is None else checkpoint_every
-        for name in ("eval_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        kind = AGENTS[agent]
-        if isinstance(config, str):
-            config = kind.config_type.preset(config, **changes)
-        elif changes:
-            raise ValueError(f"config must be a preset's name to change {sorted(changes)} of it")
-        if type(config) is not kind.config_type:
-            raise ValueError(
-                f"config must be a {kind.config_type.__name__} or the name of a preset, "
-                f"got {config!r}"
-            )
-        if config.count_warmup and total_steps <= config.warmup_steps:
-            raise ValueError(
-                f"total_steps must be above warmup_steps {config.warmup_steps}, without which "
-                f"there is no update, got {total_steps}"
-            )
-        self.config = config
-        self.total_steps, self.log_every, self.eval_episodes = (
-            total_steps,
-            log_every,
-            eval_episodes,
-        )
-        given = is_environment(env)
-        copies = getattr(env, "num_envs", 1) if given else config.num_envs
-        self.environments = Environments(env, copies)
-        self.given_eval_env = eval_env
-        if eval_env is not None:
-            probe = Environments(eval_env)
-            check_fits(self.environments, probe)
-            if not is_environment(eval_env):
-                probe.close()  # made here
-        self.eval_env = (None if given else env) if eval_env is None else eval_env
-        self.about = {
-            "agent": agent,
-            "env": describe(env),
-            "by_id": isinstance(env, str),
-            "seed": seed,
-            "config": asdict(config),
-        }
-        environments = self.environments
-        self.agent = kind(
-            environments.observation_dim,
-            environments.action_dim,
-            config,
-            seed=seed,
-            device=device,
-            low=environments.low,
-            high=environments.high,
-            env=describe(env),
-        )
-        self.folder = None if run_dir is None else Path(run_dir).expanduser()
-        if self.folder is not None:
-            self._claim(self.folder)
-        sizes = (config.replay_size, environments.observation_dim, environments.action_dim)
-        size = ReplayBuffer.size_in_bytes(*sizes)
-        self.announcement = (
-            f"replay: {config.replay_size:,} transitions, {size / 1e6:,.0f} MB on "
-            f"{self.agent.device}"
-        )
-        _LOG.info(self.announcement)
-        if self.agent.device.type == "cpu" and size > _free_memory():
-            warnings.warn(
-                f"{self.announcement}, more than the {_free_memory() / 1e6:,.0f} MB that are "
-                "free: choose a smaller replay_size",
-                ResourceWarning,
-                stacklevel=4,
-            )
-        self.replay = ReplayBuffer(*sizes, device=self.agent.device)
-        self.returns = MultiStep(config.n_step, config.discount, environments.num_envs)
-        self.random = np.random.default_rng([seed, 0])
-        self.seed = seed
-        self.step, self.owed = 0, 0.0
-        self.best: float | None = None
-        self.evaluations: list[dict[str, float]] = []
-        self.latest: dict[str, torch.Tensor] = {}
-        self.recent: list[tuple[float, int]] = []
-        self._since = (time.perf_counter(), 0, 0)
-        self._saved_at = -1
-        self.failed = False  # some environments may have stepped without us
+    def write(text: str) -> None:
+        if not bar.disable:
+            bar.write(text)
 
-    # ------------------------------------------------------------------ the loop
+    def saying(run: Run) -> Callable[[str], None]:
+        return (lambda text: write(f"seed {run.seed}, {text}")) if many else write
 
-    def go(
-        self,
-        *,
-        progress: bool | None,
-        logger: Logger | None,
-        callback: Callable[[RunProgress], bool | None] | None,
-    ) -> OffPolicyAgent:
-        """Run to the end, or to an interruption."""
-        going_on = self._load()
-        if not going_on:
-            self.observation = self.environments.reset(seed=self.seed)
-        loggers: list[Logger] = [] if logger is None else [logger]
-        if self.folder is not None:
-            resume_step = self.step if going_on else None
-            loggers.append(JSONLinesLogger(self.folder / "log.jsonl", resume_step=resume_step))
-        disable = None if progress is None else not progress
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=disable)
-        bar.set_description(f"{self.agent.name} {self.about['env']}")
-        bar.write(self.announcement) if not bar.disable else None
-        if going_on and not self.environments.resumes_exactly:
-            bar.write(f"{self.about['env']} starts new episodes: its state cannot be taken")
-        warmup = self.config.warmup_steps
-        end = self.total_steps + (0 if self.config.count_warmup else warmup)
-        try:
-            with deferred_interrupt() as interrupted:
-                while self.step < end:
-                    before = self.step
-                    self._round(warmup)
-                    bar.update(min(self.step, self.total_steps) - bar.n)
-                    if self._due(before, self.log_every):
-                        self._log(loggers, bar)
-                    if self.eval_every and self._due(before, self.eval_every, end):
-                        mean = self._evaluate(loggers, bar)
-                        if callback is not None and callback(
-                            RunProgress(self.step, mean, self.agent)
-                        ):
-                            break
-                    if interrupted():
-                        self._save()
-                        raise KeyboardInterrupt
-                    if self.checkpoint_every and self._due(before, self.checkpoint_every):
-                        self._save()
-            self._save()
-            self._save_agent()
-        except KeyboardInterrupt:
-            # In the middle of a step, as after a second Ctrl-C, the last checkpoint stands.
-            self.agent.interrupted = True
-            where = f"go on with: rsm-rl resume {self.folder}" if self.folder else "nothing saved"
-            tqdm.write(f"interrupted at step {self.step:,}; {where}")
-        except EnvironmentFailure:
-            self.failed = True
-            self._save()
-            raise
-        except Exception:
-            self._save()
-            raise
-        finally:
-            self.agent.release()
-            bar.close()
-            for each in loggers:
-                if each is not logger:
-                    each.close()
-        return self.agent
-
-    def _round(self, warmup: int) -> None:
-        environments, n = self.environments, self.environments.num_envs
-        if self.step < warmup:
-            shape = (n, environments.action_dim)
-            action = self.random.uniform(-1, 1, shape).astype(np.float32)
-        else:
-            action = self.agent.act(self.observation)
-            if len(self.replay) >= 1:
-                self.owed += self.config.updates_per_step * n
-        while self.owed >= 1:
-            self.latest |= self.agent.update(self.replay)
-            self.owed -= 1
-        after = environments.step(action)
-        closed = self.returns.add(self.observation, action, after)
-        if closed is not None:
-            self.replay.add(closed)
-        if self.config.normalise_observations and after.valid.any():
-            seen = torch.from_numpy(self.observation[after.valid])
-            self.agent.moments.update(seen.to(self.agent.device))
-        self.observation = after.observation
-        self.step += n
-
-    def _due(self, before: int, every: int, end: int | None = None) -> bool:
-        return self.step // every > before // every or (end is not None and self.step >= end)
-
-    def _log(self, loggers: list[Logger], bar: tqdm) -> None:
-        now, updates = time.perf_counter(), self.agent.updates
-        then, step, made = self._since
-        self._since = (now, self.step, updates)
-        values = {name: float(value) for name, value in self.latest.items()}
-        self.recent = (self.recent + self.environments.finished)[-20:]
-        self.environments.finished.clear()
-        if self.recent:
-            values["train_return"] = float(np.mean([r for r, _ in self.recent]))
-            values["train_length"] = float(np.mean([n for _, n in self.recent]))
-            bar.set_postfix(
-                {"return": f"{values['train_return']:.1f}", "updates": updates}, refresh=False
-            )
-        seconds = max(now - then, 1e-9)
-        values["env_steps_per_second"] = (self.step - step) / seconds
-        values["updates_per_second"] = (updates - made) / seconds
-        values["updates"] = updates
-        for each in loggers:
-            each.log(self.step, **values)
-
-    def _evaluate(self, loggers: list[Logger], bar: tqdm) -> float:
-        if self.eval_env is None:
-            return float("nan")
-        found = evaluate(self.agent, self.eval_env, episodes=self.eval_episodes)
-        record = {
-            "eval_mean": found.mean,
-            "eval_std": found.std,
-            "eval_length": float(found.lengths.mean()),
-        }
-        self.evaluations.append({"step": self.step, **record})
-        if self.best is None or found.mean > self.best:
-            self.best = found.mean
-            if self.folder is not None:
-                self.agent.save(self.folder / "best.pt")
-        self._save_agent()
-        for each in loggers:
-            each.log(self.step, **record, eval_best=self.best)
-        bar.write(f"step {self.step:,}: {found}") if not bar.disable else None
-        return found.mean
-
-    # ------------------------------------------------------------------ the folder
-
-    def _claim(self, folder: Path) -> None:
-        """Make the folder this run's, or make sure that it is."""
-        versions = {
-            "rsm_sampler": __version__,
-            "torch": torch.__version__,
-            "gymnasium": gymnasium.__version__,
-            "python": platform.python_version(),
-        }
-        about = {
-            **self.about,
-            "device": self.agent.device.type,
-            "total_steps": self.total_steps,
-            "eval_env": None if self.given_eval_env is None else describe(self.given_eval_env),
-            "eval_by_id": isinstance(self.given_eval_env, str | None),
-            "eval_every": self.eval_every,
-            "eval_episodes": self.eval_episodes,
-            "checkpoint_every": self.checkpoint_every,
-            "log_every": self.log_every,
-            "versions": versions,
-        }
-        path = folder / "run.json"
-        if path.exists():
-            found = read_about(folder)
-            for key, value in self.about.items():
-                wanted, kept = json.loads(json.dumps(value)), found[key]
-                if key == "config":  # fields that an older version did not know
-                    kept = {**json.loads(json.dumps(asdict(type(self.config)()))), **kept}
-                if kept != wanted:
-                    raise ValueError(
-                        f"run_dir must be new or hold this run, got {folder} with {key} "
-                        f"{found[key]} instead of {value}"
-                    )
-        elif folder.exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"run_dir must be new or hold this run, got {folder} with other files"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".run.json.tmp"
-        temporary.write_text(json.dumps(about, indent=1) + "\n")
-        temporary.replace(path)
-
-    def _save_agent(self) -> None:
-        if self.folder is not None:
-            self.agent.save(self.folder / "last.pt")
-
-    def _save(self) -> None:
-        if self.folder is None or self._saved_at == self.step:
-            return
-        self.replay.save_new(self.folder / "replay")
-        state = {
-            "about": self.about,
-            "agent": self.agent.state(),
-            "environments": None if self.failed else self.environments.state(),
-            "observation": torch.from_numpy(self.observation.copy()),
-            "transitions": self.replay.count,
-            "open_returns": self.returns.state(),
-            "step": self.step,
-            "owed": self.owed,
-            "best": self.best,
-            "evaluations": self.evaluations,
-            "recent": self.recent + self.environments.finished,
-            "latest": {name: torch.as_tensor(value) for name, value in self.latest.items()},
-            "random": _bits(self.random),
-        }
-        checkpoint.save(self.folder / "checkpoint.pt", state, kind=_KIND, version=_VERSION)
-        self.replay.prune(self.folder / "replay")
-        self._saved_at = self.step
-
-    def _load(self) -> bool:
-        if self.folder is None or not (self.folder / "checkpoint.pt").exists():
-            return False
-        path = self.folder / "checkpoint.pt"
-        state = checkpoint.load(path, kind=_KIND, version=_VERSION)
-        self.agent.load_state(state["agent"])
-        self.replay.load(self.folder / "replay", state["transitions"])
-        self.step, self.owed, self.best = state["step"], state["owed"], state["best"]
-        self.evaluations, self.recent = state["evaluations"], state["recent"]
-        self.latest = state.get("latest", {})
-        self.random = _from_bits(state["random"])
-        self._saved_at = self.step
-        self._since = (time.perf_counter(), self.step, self.agent.updates)
-        if self.environments.resumes_exactly and state["environments"] is not None:
-            self.environments.restore(state["environments"])
-            self.observation = state["observation"].numpy()
-            self.returns.load_state(state.get("open_returns", self.returns.state()))
-        else:
-            self.observation = self.environments.reset(seed=self.seed + self.step)
-        return True
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """What a run folder says about its run.
-
-    Arguments:
-        folder: The folder.
-
-    Raises:
-        CheckpointError: If it holds no run.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        raise checkpoint.CheckpointError(f"no run at {folder}: there is no run.json")
+    write(f"{len(runs)} runs, each with {first.announcement}" if many else first.announcement)
+    if any(going_on) and not first.environments.resumes_exactly:
+        write(f"{first.about['env']} starts new episodes: its state cannot be taken")
+    together: Lockstep | None = None
+    stopping: set[int] = set()
     try:
-        about = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(about, dict) or not {"agent", "env", "config", "total_steps"} <= set(about):
-        raise checkpoint.CheckpointError(f"{path} must say what was run, got {str(about)[:80]}")
-    return about
+        with deferred_interrupt() as interrupted:
+            while (
+                len(stopping) < len(runs) and (step := min(run.step for run in runs)) < first.end
+            ):
+                # After a failure of an environment, runs that are behind catch up first.
+                due = [run for run in runs if run.step == step]
+                if batched and together is None and len(due) == len(runs) and _alike(runs):
+                    together = Lockstep([run.agent for run in runs])
+                _round(due, together)
+                bar.update(min(due[0].step, first.total_steps) - bar.n)
+                for run in due:
+                    if run.after_round(step, callback, saying(run)):
+                        stopping.add(run.seed)
+                returns = [run.train_return for run in runs if run.train_return is not None]
+                if returns:
+                    shown = {"return": f"{np.mean(returns):.1f}", "updates": first.agent.updates}
+                    bar.set_postfix(shown, refresh=False)
+                if interrupted():
+                    for run in runs:
+                        run.save()
+                    raise KeyboardInterrupt
+        for run in runs:
+            run.save()
+            run.save_agent()
+    except KeyboardInterrupt:
+        # In the middle of a step, as after a second Ctrl-C, the last checkpoint stands.
+        for run in runs:
+            run.agent.interrupted = True
+        where = "nothing saved"
+        if first.folder is not None:
+            where = f"go on with: rsm-rl resume {first.folder}"
+            where += ", and so on, or with the same call" if many else ""
+        tqdm.write(f"interrupted at step {first.step:,}; {where}")
+    except Exception:
+        for run in runs:
+            run.save()
+        raise
+    finally:
+        bar.close()
+        for run in runs:
+            run.close()
 
 
-def _bits(generator: np.random.Generator) -> dict[str, Any]:
-    state: Any = generator.bit_generator.state
-    return {
-        "state": {key: str(value) for key, value in state["state"].items()},
-        "has_uint32": state["has_uint32"],
-        "uinteger": state["uinteger"],
-    }
+def _round(runs: list[Run], together: Lockstep | None) -> None:
+    """A step of the environments of some runs, and the updates that go with it."""
+    if runs[0].warming_up:
+        actions = [run.random_action() for run in runs]
+    elif together is not None:
+        actions = list(together.act(np.stack([run.observation for run in runs])))
+    else:
+        actions = [run.agent.act(run.observation) for run in runs]
+    ready = [run for run in runs if not run.warming_up and len(run.replay) >= 1]
+    if together is None or len(ready) == len(runs):
+        for run in ready:
+            run.owe()
+    while due := [run for run in runs if run.owed >= 1]:
+        if together is not None:
+            found = together.update([run.replay for run in due])
+        else:
+            found = [run.agent.update(run.replay) for run in due]
+        for run, numbers in zip(due, found, strict=True):
+            run.latest |= numbers
+            run.owed -= 1
+    for run, action in zip(runs, actions, strict=True):
+        run.take(action)
 
 
-def _from_bits(state: dict[str, Any]) -> np.random.Generator:
-    bits: Any = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {key: int(value) for key, value in state["state"].items()},
-        "has_uint32": state["has_uint32"],
-        "uinteger": state["uinteger"],
-    }
-    return np.random.Generator(bits)
+def _alike(runs: list[Run]) -> bool:
+    """Whether all have made, and owe, as many updates."""
+    return len({(run.agent.updates, run.owed) for run in runs}) == 1
 
 
-def _free_memory() -> float:
-    try:  # with what the system would give back of its caches
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return float("inf")
+class _Named:
+    """A logger that puts a word before the names."""
+
+    def __init__(self, logger: Logger, word: str) -> None:
+        self.logger, self.word = logger, word
+
+    def log(self, step: int, **values: float) -> None:
+        self.logger.log(step, **{self.word + name: value for name, value in values.items()})
+
+    def close(self) -> None:
+        """Nothing: the logger is the caller's."""

@@ -60,6 +60,10 @@ class EnsembleMLP(nn.Module):
     Raises:
         ValueError: If a size is out of range.
 
+    Attributes:
+        plain: Whether calls keep to operations that ``torch.vmap`` knows, as they do on a GPU; on
+            a CPU they are slower. False at first.
+
     Note:
         Weights start from a normal law of standard deviation :math:`1 / \sqrt{\text{inputs}}`, cut
         at twice that, and biases at 0, as in the code published with the paper; a layer's weight
@@ -103,6 +107,7 @@ class EnsembleMLP(nn.Module):
             self.gains.append(nn.Parameter(torch.ones(members, 1, width)))
             self.shifts.append(nn.Parameter(torch.zeros(members, 1, width)))
         self._scratch: Tensor | None = None
+        self.plain = False
 
     def forward(self, *pieces: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""The outputs of all members.
@@ -127,6 +132,7 @@ class EnsembleMLP(nn.Module):
             and batch[0] > 1
             and not torch.is_grad_enabled()
             and pieces[0].device.type == "cpu"
+            and not self.plain
         ):
             # What one layer writes the next one finds in the cache.
             size = max(1, _CHUNK * batch[0] // (rows * self.members))
@@ -139,7 +145,7 @@ class EnsembleMLP(nn.Module):
         if all(piece.shape == pieces[0].shape[:-1] + piece.shape[-1:] for piece in pieces):
             x = torch.cat(list(pieces), -1)
             flat = x.reshape(1, -1, x.shape[-1]).expand(self.members, -1, -1)
-            y = _affine(flat, self.weights[0], self.biases[0], -1)
+            y = self._affine(flat, self.weights[0], self.biases[0], -1)
             return self.rest(y.view(self.members, *x.shape[:-1], -1))
         # The members' axis stands before the batch: missing axes are written out.
         missing = [len(batch) + 1 - piece.ndim for piece in pieces]
@@ -150,7 +156,7 @@ class EnsembleMLP(nn.Module):
         negated = -self.first(order[0], pieces[order[0]], bias=True)
         for i in order[1:]:
             share = self.first(i, pieces[i])
-            whole = not torch.is_grad_enabled() and share.shape[1:-1] == batch
+            whole = share.shape[1:-1] == batch and not (torch.is_grad_enabled() or self.plain)
             negated = torch.sub(negated, share, out=share) if whole else negated - share
         return self.rest(negated)
 
@@ -196,13 +202,13 @@ class EnsembleMLP(nn.Module):
         """
         batch = negated.shape[1:-1]
         h = negated.reshape(self.members, -1, negated.shape[-1])
-        if torch.is_grad_enabled() or h.is_cuda:
-            h = _mish_of_minus(self._normalised(0, h))
+        if torch.is_grad_enabled() or h.is_cuda or self.plain:
+            h = self._activated(self._normalised(0, h))
             hidden = zip(list(self.weights)[1:-1], list(self.biases)[1:-1], strict=True)
             for number, (weight, bias) in enumerate(hidden, 1):
-                h = _affine(h, weight, bias, -1)
-                h = _mish_of_minus(self._normalised(number, h))
-            y = _affine(h, self.weights[-1], self.biases[-1], 1)
+                h = self._affine(h, weight, bias, -1)
+                h = self._activated(self._normalised(number, h))
+            y = self._affine(h, self.weights[-1], self.biases[-1], 1)
         else:
             scratch, found = self._spare(h[0]), []
             for i, (*layers, last) in enumerate(self.prepared() if prepared is None else prepared):
@@ -212,6 +218,15 @@ class EnsembleMLP(nn.Module):
                 found.append(last(x))
             y = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
         return y.view(self.members, *batch, self.outputs)
+
+    def _affine(self, h: Tensor, weight: Tensor, bias: Tensor, sign: int) -> Tensor:
+        """The map h -> sign (h W + b) of all members, with gradients."""
+        if not self.plain and _is_fast(weight):
+            return _Affine.apply(h, weight, bias, sign)
+        return torch.baddbmm(bias, h, weight, beta=sign, alpha=sign)
+
+    def _activated(self, negated: Tensor) -> Tensor:
+        return nn.functional.mish(-negated) if self.plain else _mish_of_minus(negated)
 
     def _normalised(self, number: int, negated: Tensor, member: int | None = None) -> Tensor:
         """Layer normalisation of minus a layer's values, of all members or of one."""
@@ -248,13 +263,6 @@ class _Layer:
 
 def _is_fast(x: Tensor) -> bool:
     return _LINEAR is not None and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def _affine(h: Tensor, weight: Tensor, bias: Tensor, sign: int) -> Tensor:
-    """The map h -> sign (h W + b) of all members, with gradients."""
-    if _is_fast(weight):
-        return _Affine.apply(h, weight, bias, sign)
-    return torch.baddbmm(bias, h, weight, beta=sign, alpha=sign)
 
 
 class _Affine(torch.autograd.Function):

@@ -94,6 +94,15 @@ def gradients(agent, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
+def test_slow_copies_keep_no_history():
+    """A graph through all updates would fill the memory."""
+    agent, replay = dpmd(target_from_average=True), filled_replay()
+    for _ in range(3):
+        agent.update(replay)
+    for slow, _ in agent.slow_pairs():
+        assert not any(p.requires_grad or p.grad_fn for p in slow.parameters())
+
+
 # --- the policy ------------------------------------------------------------------------
 
 

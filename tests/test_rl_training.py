@@ -15,6 +15,7 @@ import torch
 
 import rl
 from rl.cli import main
+from rsm_sampler import checkpoint
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import JSONLinesLogger, MemoryLogger
 from tests.toy_envs import Counter, Wells
@@ -92,7 +93,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, t
     parts = rl.resume(folder, progress=False)
     assert torch.equal(parameters(whole), parameters(parts))
     states = [
-        rl.training.checkpoint.load(tmp_path / name / "checkpoint.pt", kind="run")
+        checkpoint.load(tmp_path / name / "checkpoint.pt", kind="run")
         for name in ("whole", "parts")
     ]
     assert json.dumps(states[0], default=lambda t: t.tolist()) == json.dumps(
@@ -172,7 +173,7 @@ def test_transitions_do_not_cross_an_end(tmp_path):
             run_dir=folder,
             total_steps=60,
         )
-        state = rl.training.checkpoint.load(folder / "checkpoint.pt", kind="run")
+        state = checkpoint.load(folder / "checkpoint.pt", kind="run")
         replay = rl.ReplayBuffer(64, 2, 1)
         replay.load(folder / "replay", state["transitions"])
         batch = replay.all()
@@ -236,7 +237,7 @@ def test_a_failing_environment_leaves_a_saved_run(bad, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(rl.EnvironmentFailure, match="at step"):
         quick("sdac", lambda: Counter(9, bad_step=30, bad=bad), run_dir=folder)
-    state = rl.training.checkpoint.load(folder / "checkpoint.pt", kind="run")
+    state = checkpoint.load(folder / "checkpoint.pt", kind="run")
     assert state["step"] == 58 and state["transitions"] == 58
 
 
@@ -329,7 +330,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         process.kill()
     assert process.returncode == 0, err
     assert f"go on with: rsm-rl resume {folder}" in out
-    state = rl.training.checkpoint.load(folder / "checkpoint.pt", kind="run")
+    state = checkpoint.load(folder / "checkpoint.pt", kind="run")
     agent = rl.resume(folder, total_steps=state["step"] + 20, progress=False)
     assert agent.updates == state["agent"]["updates"] + 4
 
@@ -380,6 +381,10 @@ def test_command_line(tmp_path, capsys):
         and "best.pt  return -" in out
         and "sdac on Pendulum-v1: return -" in out
     )
+    several = [*train[:6], "--seed", "3", "--seeds", "2", "--run-dir", str(tmp_path / "two")]
+    assert main([*several, *train[8:]]) == 0
+    out = capsys.readouterr().out
+    assert all(f"two/seed-{seed}/last.pt  return -" in out for seed in (3, 4))
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "no run at" in capsys.readouterr().err
     assert main([*train[:2], "--env-id", "Pendulum-v1", "--total-steps", "9", "--set", "x=1"]) == 2
@@ -452,7 +457,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 @pytest.mark.bad_input
 def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
     quick().save(tmp_path / "sdac.pt")
-    state = rl.training.checkpoint.load(tmp_path / "sdac.pt", kind="agent")
+    state = checkpoint.load(tmp_path / "sdac.pt", kind="agent")
     agent = rl.DPMD(3, 1, rl.DPMDConfig(width=16), device="cpu")
     with pytest.raises(CheckpointError, match="must be of an agent with agent dpmd, got sdac"):
         agent.load_state(state)
@@ -488,7 +493,7 @@ def test_evaluation_refuses_another_environment():
 
 
 def test_a_replay_that_does_not_fit_is_announced(monkeypatch):
-    monkeypatch.setattr("rl.training._free_memory", lambda: 100.0)
+    monkeypatch.setattr("rl.run._free_memory", lambda: 100.0)
     with pytest.warns(ResourceWarning, match="64 transitions"):
         quick()
 

@@ -34,10 +34,10 @@ CHAIN = 2 * ((OBSERVATION + ACTION + 16) * WIDTH + 2 * WIDTH * WIDTH + WIDTH * A
 CRITIC = 2 * ((OBSERVATION + ACTION) * WIDTH + 2 * WIDTH * WIDTH + WIDTH)
 
 
-def random_replay(size: int = 20_000) -> rl.ReplayBuffer:
+def random_replay(size: int = 20_000, device: str = "cpu") -> rl.ReplayBuffer:
     """Transitions of the right shape."""
     rng = torch.Generator().manual_seed(0)
-    replay = rl.ReplayBuffer(size, OBSERVATION, ACTION)
+    replay = rl.ReplayBuffer(size, OBSERVATION, ACTION, device=device)
     observation = torch.randn(size + 1, OBSERVATION, generator=rng)
     action = 2 * torch.rand(size, ACTION, generator=rng) - 1
     reward = torch.randn(size, generator=rng)
