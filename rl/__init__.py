@@ -7,8 +7,8 @@
 >>> action.shape
 (1,)
 
-:func:`train_sdac`, :func:`train_dpmd`, :func:`train_qsm`, :func:`train_dipo`, :func:`train_dacer`
-and :func:`train_qvpo` train, :func:`evaluate` tells how well, ``agent.save``
+:func:`train_sdac`, :func:`train_dpmd`, :func:`train_qsm`, :func:`train_dipo`, :func:`train_dacer`,
+:func:`train_qvpo` and :func:`train_dppo` train, :func:`evaluate` tells how well, ``agent.save``
 and :func:`load` keep an agent, and :func:`resume` goes on with an interrupted run.
 """
 
@@ -23,6 +23,7 @@ from rl.config import AgentConfig
 from rl.dacer import DACER, DACERConfig
 from rl.dipo import DIPO, DIPOConfig
 from rl.dpmd import DPMD, DPMDConfig
+from rl.dppo import DPPO, DPPOConfig
 from rl.environments import EnvironmentFailure, Environments, EnvironmentSource
 from rl.evaluation import Agent, Evaluation, evaluate
 from rl.grid import compare
@@ -40,6 +41,7 @@ __all__ = [
     "DACER",
     "DIPO",
     "DPMD",
+    "DPPO",
     "QSM",
     "QVPO",
     "SDAC",
@@ -50,6 +52,7 @@ __all__ = [
     "DACERConfig",
     "DIPOConfig",
     "DPMDConfig",
+    "DPPOConfig",
     "EnvironmentFailure",
     "EnvironmentSource",
     "Environments",
@@ -70,6 +73,7 @@ __all__ = [
     "train_dacer",
     "train_dipo",
     "train_dpmd",
+    "train_dppo",
     "train_qsm",
     "train_qvpo",
     "train_sdac",
@@ -194,4 +198,24 @@ def train_qvpo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> Q
     """
     agent = train("qvpo", env, total_steps=total_steps, **options)
     assert isinstance(agent, QVPO)
+    return agent
+
+
+def train_dppo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DPPO:  # noqa: ANN401
+    """Train diffusion policy policy optimisation, on-policy.
+
+    Arguments:
+        env: An id, a function that makes an environment, or an environment.
+        total_steps: Environment steps.
+        **options: As for :func:`train`: ``seed``, ``run_dir``, ``config`` (a configuration or the
+            name of a preset) and more, and fields of :class:`DPPOConfig`.
+
+    Returns:
+        The trained agent.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    agent = train("dppo", env, total_steps=total_steps, **options)
+    assert isinstance(agent, DPPO)
     return agent

@@ -60,9 +60,10 @@ from rl.critics import Critic, ReturnCritic, best_candidate, frozen
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.mixtures import fit_mixtures
 from rl.off_policy import NextAction
+from rl.policies import inward_cut
 from rl.replay import Batch, ReplayBuffer
 
-__all__ = ["DACER", "DACERConfig", "inward_cut"]
+__all__ = ["DACER", "DACERConfig"]
 
 _EPSILON = 0.1  # of the loss of return critics
 
@@ -158,37 +159,6 @@ class DACERConfig(DiffusionConfig):
                 "noise": 0.15,
             },
         }
-
-
-class _InwardCut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(x)
-        return x.clamp(-1.0, 1.0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
-        (x,) = ctx.saved_tensors
-        # A step against the gradient raises x where the gradient is negative.
-        outward = ((x > 1) & (gradient < 0)) | ((x < -1) & (gradient > 0))
-        return torch.where(outward, torch.zeros_like(gradient), gradient)
-
-
-def inward_cut(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Values cut to [-1, 1], whose gradient passes where a step against it leads back inside.
-
-    Arguments:
-        x: Values of any shape.
-
-    Example:
-        >>> x = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
-        >>> inward_cut(x).sum().backward()  # a step against it lowers x
-        >>> x.grad
-        tensor([0., 1., 1.])
-    """
-    cut: Tensor = _InwardCut.apply(x)
-    return cut
 
 
 class DACER(DiffusionAgent):

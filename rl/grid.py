@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rl.comparison import Comparison, read, steps_done, write_report
 from rl.config import AgentConfig
+from rl.dppo import DPPOConfig
 from rl.environments import Environments
 from rl.replay import Batch, ReplayBuffer
 from rl.run import AGENTS, read_about
@@ -166,8 +168,13 @@ def estimate_cost(
 
 def _cost(agent: str, env: str, config: AgentConfig | dict[str, Any], updates: int) -> Cost:
     if isinstance(config, dict):
-        return _foreign_cost(agent, env, config, updates)
+        learns_once = "learning_starts" not in config
+        first = 0 if learns_once else config["learning_starts"]
+        every = config["n_steps"] if learns_once else updates
+        return _cost_of_runs(partial(train_foreign, agent, env, changes=config), first, every)
     kind = AGENTS[agent]
+    if isinstance(config, DPPOConfig):
+        return _cost_of_runs(partial(train, agent, env, config=config), 0, config.rollout_steps)
     environments = Environments(env, config.num_envs)
     sizes = (environments.observation_dim, environments.action_dim)
     made = kind(*sizes, config, device="auto")
@@ -310,17 +317,20 @@ def _configuration(
     return kind.preset(config, **changes) if isinstance(config, str) else config
 
 
-def _foreign_cost(agent: str, env: str, changes: dict[str, Any], updates: int) -> Cost:
-    """As :func:`estimate_cost`, by runs that end soon after the first updates."""
-    on_policy = "learning_starts" not in changes
-    first = 0 if on_policy else changes["learning_starts"]
-    every = changes["n_steps"] if on_policy else updates  # a rollout and its epochs, or updates
+def _cost_of_runs(run: Callable[..., Any], first: int, every: int) -> Cost:
+    """As :func:`estimate_cost`, by runs that end soon after the first updates.
+
+    Arguments:
+        run: Trains, given ``total_steps`` and more.
+        first: Steps before there is an update.
+        every: Steps of a rollout and its epochs, or of some updates.
+    """
     steps = first + 2 * every
-    options: dict[str, Any] = {"changes": changes, "eval_every": 0, "progress": False}
-    with FlopCounterMode(display=False) as counter:
-        train_foreign(agent, env, total_steps=steps, **options)
+    options: dict[str, Any] = {"total_steps": steps, "eval_every": 0, "progress": False}
+    with FlopCounterMode(display=False, custom_mapping=_linear_flops()) as counter:
+        run(**options)
     log = MemoryLogger()
-    train_foreign(agent, env, total_steps=steps, logger=log, log_every=every, **options)
+    run(**options, logger=log, log_every=every)
     rate = log.records[-1]["env_steps_per_second"]
     return Cost(counter.get_total_flops() / (steps - first) / 1e9, 1 / rate)
 

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rl.base import BaseAgent, set_lr
 from rl.graphs import Captured
-from rl.off_policy import Alone, OffPolicyAgent, set_lr
+from rl.off_policy import Alone, OffPolicyAgent
 from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.ensemble import EnsembleMLP
 
@@ -37,7 +38,7 @@ class Lockstep(Alone):
 
     Raises:
         ValueError: If they differ in more than their seeds, or their kind is none that can be
-            updated together (``OffPolicyAgent.stackable``).
+            updated together (``stackable``).
 
     Example:
         >>> from rl import DPMD, DPMDConfig
@@ -48,7 +49,7 @@ class Lockstep(Alone):
         (4, 1, 1)
     """
 
-    def __init__(self, agents: Sequence[OffPolicyAgent]) -> None:
+    def __init__(self, agents: Sequence[BaseAgent]) -> None:
         if not agents:
             raise ValueError("agents must be at least one, got none")
         first = agents[0]
@@ -61,10 +62,10 @@ class Lockstep(Alone):
                 ours, theirs = getattr(first, name), getattr(agent, name)
                 if ours != theirs:
                     raise ValueError(f"agents must have one {name}, got {ours} and {theirs}")
-        self.agents = list(agents)
+        self.agents: list[Any] = list(agents)
         for agent in agents:
             agent.release()  # of graphs that know the tensors by their addresses
-        self._common = type(first)(
+        self._common: Any = type(first)(
             first.observation_dim, first.action_dim, first.config, device=first.device
         )
         self._body = _Body(self._common._modules())
@@ -120,7 +121,7 @@ class Lockstep(Alone):
 
     @torch.no_grad()
     def act(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Exploring actions of every agent; see :meth:`rl.off_policy.OffPolicyAgent.act`.
+        """Exploring actions of every agent; see :meth:`rl.base.BaseAgent.act`.
 
         Arguments:
             observations: Raw observations, (agents, n, observation_dim).

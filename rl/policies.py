@@ -17,7 +17,7 @@ times once per chain; a step then only adds the share of the noisy action.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,7 @@ from rsm_sampler.ensemble import EnsembleMLP
 from rsm_sampler.flows import DDIM
 from rsm_sampler.schedules import DiscreteSchedule
 
-__all__ = ["ActionSource", "ChainName", "DiffusionPolicy", "PolicyNetwork"]
+__all__ = ["ActionSource", "ChainName", "DiffusionPolicy", "PolicyNetwork", "inward_cut"]
 
 CHUNK = 2048
 """Actions that one chain draws together on a CPU; what it works on stays in the cache."""
@@ -275,6 +275,37 @@ class DiffusionPolicy(nn.Module):
             candidates: Points that share an observation, one after the other.
         """
         return _Bound(self, observation, candidates)
+
+
+class _InwardCut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x)
+        return x.clamp(-1.0, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        (x,) = ctx.saved_tensors
+        # A step against the gradient raises x where the gradient is negative.
+        outward = ((x > 1) & (gradient < 0)) | ((x < -1) & (gradient > 0))
+        return torch.where(outward, torch.zeros_like(gradient), gradient)
+
+
+def inward_cut(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Values cut to [-1, 1], whose gradient passes where a step against it leads back inside.
+
+    Arguments:
+        x: Values of any shape.
+
+    Example:
+        >>> x = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
+        >>> inward_cut(x).sum().backward()  # a step against it lowers x
+        >>> x.grad
+        tensor([0., 1., 1.])
+    """
+    cut: Tensor = _InwardCut.apply(x)
+    return cut
 
 
 class _Bound:

@@ -33,10 +33,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rl.base import BaseAgent
 from rl.config import AgentConfig
 from rl.dacer import DACER
 from rl.dipo import DIPO
 from rl.dpmd import DPMD
+from rl.dppo import DPPO
 from rl.environments import (
     EnvironmentFailure,
     Environments,
@@ -45,7 +47,6 @@ from rl.environments import (
     is_environment,
 )
 from rl.evaluation import check_fits, evaluate
-from rl.off_policy import OffPolicyAgent
 from rl.qsm import QSM
 from rl.qvpo import QVPO
 from rl.replay import MultiStep, ReplayBuffer
@@ -57,10 +58,10 @@ from rsm_sampler.version import __version__
 
 __all__ = ["AGENTS", "AnyAgent", "Run", "RunProgress", "read_about"]
 
-AGENTS: dict[str, type[OffPolicyAgent]] = {
-    kind.name: kind for kind in (SDAC, DPMD, QSM, DIPO, DACER, QVPO)
+AGENTS: dict[str, type[BaseAgent]] = {
+    kind.name: kind for kind in (SDAC, DPMD, QSM, DIPO, DACER, QVPO, DPPO)
 }
-AnyAgent = OffPolicyAgent | StableBaselinesAgent
+AnyAgent = BaseAgent | StableBaselinesAgent
 _LOG = logging.getLogger(__name__)
 _KIND, _VERSION = "run", 1
 
@@ -262,6 +263,7 @@ class Run:
         except EnvironmentFailure:
             self.failed = True
             raise
+        self.agent.observe(after)
         closed = self.returns.add(self.observation, action, after)
         if closed is not None:
             self.replay.add(closed)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from rl.base import BaseAgent
 from rl.config import AgentConfig
 from rl.environments import EnvironmentSource, is_environment
 from rl.lockstep import Lockstep
-from rl.off_policy import OffPolicyAgent
 from rl.run import AGENTS, AnyAgent, Run, RunProgress, read_about
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
@@ -139,7 +139,7 @@ def train_seeds(
     logger: Logger | None = None,
     callback: Callable[[RunProgress], bool | None] | None = None,
     **changes: Any,  # noqa: ANN401
-) -> list[OffPolicyAgent]:
+) -> list[BaseAgent]:
     """Train an agent with several seeds in one process.
 
     The runs are those of :func:`train` with each seed, with environments, replay, random numbers
@@ -219,7 +219,7 @@ def resume(
     progress: bool | None = None,
     logger: Logger | None = None,
     callback: Callable[[RunProgress], bool | None] | None = None,
-) -> OffPolicyAgent:
+) -> BaseAgent:
     """Go on with an interrupted run.
 
     Arguments:

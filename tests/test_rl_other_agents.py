@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rl.critics import Critic
-from rl.dacer import DACER, DACERConfig, inward_cut
+from rl.dacer import DACER, DACERConfig
 from rl.dipo import DIPO, DIPOConfig, SecondActions, ascend
 from rl.mixtures import fit_mixtures
 from rl.off_policy import NextAction
-from rl.policies import DiffusionPolicy
+from rl.policies import DiffusionPolicy, inward_cut
 from rl.qsm import QSM, LangevinPolicy, QSMConfig
 from rl.qvpo import QVPO, QVPOConfig
 from rl.replay import Batch, ReplayBuffer

@@ -33,8 +33,13 @@ QUICK = {
 }
 
 
+OFF_POLICY = ("updates_per_step", "warmup_steps", "replay_size")
+
+
 def quick(agent="sdac", env="Pendulum-v1", **options):
     small = {"total_steps": 80, "eval_every": 0, **QUICK, "policy_states": 8, **options}
+    if agent == "dppo":  # it has no replay
+        small = {k: v for k, v in small.items() if k not in ("policy_states", *OFF_POLICY)}
     if agent == "dacer":
         few = {"entropy_states": 4, "entropy_draws": 16, "kappa_period": 10}
         small = {**few, **small}
@@ -68,6 +73,7 @@ OFFICIAL = {"config": "official", "kappa_period": 10, "normalise_observations": 
         ("dpmd", "Pendulum-v1", {"old_policy_period": 7, "critic_layer_norm": True}),
         ("sdac", "Pendulum-v1", {"anchor_share": 0.5, "proposal": "next", "chain": "multistep"}),
         ("sdac", "Pendulum-v1", {"persistence": 0.8, "num_envs": 2, "updates_per_step": 0.5}),
+        ("dppo", "Pendulum-v1", {"rollout_steps": 64, "num_envs": 2}),
         ("dpmd", "Pendulum-v1", {"n_step": 7, "num_envs": 3, "updates_per_step": 1.0}),
     ],
 )
@@ -224,7 +230,7 @@ def test_observations_are_standardised():
     agent = quick("sdac", normalise_observations=True)
     assert float(agent.moments.count) == 80
     x = torch.randn(1000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    moments = rl.off_policy.RunningMoments(3)
+    moments = rl.base.RunningMoments(3)
     for part in (5 + 2 * x).split(93):
         moments.update(part)
     torch.testing.assert_close(moments.mean, (5 + 2 * x).mean(0))

@@ -8,8 +8,8 @@ One update per environment step, the default configuration but for the few field
 width and a hidden layer less, and 20 evaluation episodes every 1,000 steps on environments of
 their own. A run stops after two evaluations in a row that reach the goal, or at its limit of
 steps; each writes its evaluations to docs/results/learning.json. SAC, TD3 and PPO of
-stable-baselines3 are the yardsticks beside them; PPO has 300,000 steps and is evaluated every
-10,000.
+stable-baselines3 are the yardsticks beside them. PPO and DPPO learn from each step for a short
+while only: they have 300,000 steps and are evaluated every 10,000.
 """
 
 import argparse
@@ -40,19 +40,21 @@ AGENTS = {
     "dipo": SMALL,
     "dacer": SMALL,
     "qvpo": SMALL,
+    # On-policy: no warm-up, and for Pendulum's short horizon a shorter one.
+    "dppo": {"width": 64, "depth": 2, "discount": 0.95},
     # Those of stable-baselines3, with its defaults but for a warm-up like ours, and for Pendulum's
     # short horizon in PPO.
     "sac": {"learning_starts": SIZES["warmup_steps"]},
     "td3": {"learning_starts": SIZES["warmup_steps"]},
     "ppo": {"gamma": 0.9, "learning_rate": 1e-3, "n_steps": 1024},
 }
-EVERY = {"ppo": 10_000}  # steps between evaluations, if not 1,000
+EVERY = {"ppo": 10_000, "dppo": 10_000}  # steps between evaluations, if not 1,000
 
 
 def run(agent: str, env: str, seed: int, folder: Path | None) -> dict | None:
     """One run, its evaluations and what it cost; None if it was interrupted."""
     limit, goal = GOALS[env]
-    limit = 300_000 if agent == "ppo" else limit
+    limit = 300_000 if agent in EVERY else limit
     evaluations: list[tuple[int, float]] = []
     before, clock = 0.0, None if folder is None else folder / "seconds"
     if folder is not None and clock is not None and clock.exists():  # it goes on
