@@ -17,7 +17,10 @@ FIGURES = {
     "eight_schools.py": "eight_schools.png",
     "multi_goal.py": "multi_goal.png",
     "paper/figure_2.py": "figure_2.png",
+    "paper/figure_3.py": "table_1/figure_3.png",
+    "paper/figure_4.py": "figure_4/figure_4.png",
     "paper/figure_5.py": "figure_5.png",
+    "paper/table_2.py": "table_2.png",
 }
 
 pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason="needs the source tree")
