@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/figure_4"))
     options = parser.parse_args()
     small: dict[str, Any] = {}
+    evaluations = 2 if options.smoke else 40
     if options.smoke:
         options.total_steps, options.seeds = 100, 1
         small = {**TINY, "eval_episodes": 1}
@@ -55,7 +56,7 @@ def main() -> None:
                     seed=seed,
                     config=options.preset,
                     run_dir=folder,
-                    eval_every=max(1, options.total_steps // 40),
+                    eval_every=max(1, options.total_steps // evaluations),
                     **changes,
                     **small,
                 )

@@ -78,7 +78,7 @@ def trained(options: argparse.Namespace) -> dict[str, rl.Comparison]:
                 out=options.output / part,
                 seeds=options.seeds,
                 jobs=options.jobs,
-                eval_every=max(1, factor * options.total_steps // 40),
+                eval_every=max(1, factor * options.total_steps // (2 if options.smoke else 40)),
                 eval_episodes=2 if options.smoke else 20,
                 **changes,
             )
