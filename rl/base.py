@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rl.config import AgentConfig
 from rl.environments import Transition
+from rl.evaluation import checked_observation
 from rl.graphs import Captured
 from rl.replay import ReplayBuffer
 from rsm_sampler import checkpoint
@@ -208,12 +209,7 @@ class BaseAgent(ABC):
         Raises:
             ValueError: If the observation has another length.
         """
-        observation = np.asarray(observation, np.float32)
-        if observation.ndim not in (1, 2) or observation.shape[-1] != self.observation_dim:
-            raise ValueError(
-                f"observation must have length {self.observation_dim}, got shape "
-                f"{observation.shape}"
-            )
+        observation = checked_observation(observation, self.observation_dim)
         standard = self._standard(np.atleast_2d(observation))
         action = (self.exploit if deterministic else self.explore)(standard)
         unit = action.clamp(-1.0, 1.0).cpu().numpy().astype(np.float64)

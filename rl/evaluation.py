@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rl.environments import Environments, EnvironmentSource, is_environment
 
-__all__ = ["Agent", "Evaluation", "evaluate"]
+__all__ = ["Agent", "Evaluation", "check_fits", "checked_observation", "evaluate"]
 
 
 @runtime_checkable
@@ -136,6 +136,22 @@ def _unit_action(
 ) -> NDArray[np.float64]:
     action, _ = agent.predict(observation, deterministic)
     return 2 * (action - agent.low) / (agent.high - agent.low) - 1
+
+
+def checked_observation(observation: ArrayLike, length: int) -> NDArray[np.float32]:
+    """One observation or a batch, in single precision.
+
+    Arguments:
+        observation: What an agent was given.
+        length: Length of an observation.
+
+    Raises:
+        ValueError: If it has another length.
+    """
+    checked = np.asarray(observation, np.float32)
+    if checked.ndim not in (1, 2) or checked.shape[-1] != length:
+        raise ValueError(f"observation must have length {length}, got shape {checked.shape}")
+    return checked
 
 
 def check_fits(agent: Agent | Environments, environments: Environments) -> None:

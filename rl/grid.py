@@ -29,7 +29,7 @@ from rl.config import AgentConfig
 from rl.dppo import DPPOConfig
 from rl.environments import Environments
 from rl.replay import Batch, ReplayBuffer
-from rl.run import AGENTS, read_about
+from rl.run import AGENTS, RUN_OPTIONS, read_about
 from rl.stable_baselines import FOREIGN, configuration
 from rl.stable_baselines import train as train_foreign
 from rl.training import train
@@ -115,7 +115,7 @@ def compare(
         _Run(agent, env, seed, out / "runs" / f"{agent}-{env}-{seed}")
         for seed, env, agent in itertools.product(chosen, envs, agents)
     ]
-    changes = {name: value for name, value in options.items() if name not in _OTHER_OPTIONS}
+    changes = {name: value for name, value in options.items() if name not in RUN_OPTIONS}
     configs = {
         agent: _configuration(agent, options.get("config", "corrected"), changes)
         for agent in agents
@@ -368,17 +368,6 @@ def _announce(
         f"about {gflop:,.0f} GFLOP and {seconds / 3600 / jobs:.1f} hours with {jobs} "
         f"process{'es' if jobs > 1 else ''} at a time, evaluations not counted"
     )
-
-
-_OTHER_OPTIONS = {  # of train, that are no fields of a configuration
-    "config",
-    "device",
-    "eval_every",
-    "eval_episodes",
-    "checkpoint_every",
-    "log_every",
-    "eval_env",
-}
 
 
 def _linear_flops() -> dict[Any, Any]:

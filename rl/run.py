@@ -56,12 +56,22 @@ from rsm_sampler import checkpoint
 from rsm_sampler.loggers import JSONLinesLogger, Logger
 from rsm_sampler.version import __version__
 
-__all__ = ["AGENTS", "AnyAgent", "Run", "RunProgress", "read_about"]
+__all__ = ["AGENTS", "RUN_OPTIONS", "AnyAgent", "Run", "RunProgress", "read_about"]
 
 AGENTS: dict[str, type[BaseAgent]] = {
     kind.name: kind for kind in (SDAC, DPMD, QSM, DIPO, DACER, QVPO, DPPO)
 }
 AnyAgent = BaseAgent | StableBaselinesAgent
+# What of the arguments of rl.train is no field of a configuration, and concerns a run alone.
+RUN_OPTIONS = (
+    "config",
+    "device",
+    "eval_env",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "log_every",
+)
 _LOG = logging.getLogger(__name__)
 _KIND, _VERSION = "run", 1
 
@@ -91,15 +101,15 @@ class Run:
         *,
         total_steps: int,
         seed: int,
-        config: AgentConfig | str,
         run_dir: str | os.PathLike[str] | None,
-        device: torch.device | str,
-        eval_env: EnvironmentSource | None,
-        eval_every: int | None,
-        eval_episodes: int,
-        checkpoint_every: int | None,
-        log_every: int,
         changes: dict[str, Any],
+        config: AgentConfig | str = "corrected",
+        device: torch.device | str = "auto",
+        eval_env: EnvironmentSource | None = None,
+        eval_every: int | None = None,
+        eval_episodes: int = 20,
+        checkpoint_every: int | None = None,
+        log_every: int = 1000,
     ) -> None:
         if agent not in AGENTS:
             known = sorted([*AGENTS, *FOREIGN])

@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
 from rl.environments import EnvironmentSource, describe
-from rl.evaluation import evaluate
+from rl.evaluation import checked_observation, evaluate
 from rsm_sampler import checkpoint
 from rsm_sampler.loggers import JSONLinesLogger, Logger
 
@@ -94,12 +94,7 @@ class StableBaselinesAgent:
         Raises:
             ValueError: If the observation has another length.
         """
-        observation = np.asarray(observation, np.float32)
-        if observation.ndim not in (1, 2) or observation.shape[-1] != self.observation_dim:
-            raise ValueError(
-                f"observation must have length {self.observation_dim}, got shape "
-                f"{observation.shape}"
-            )
+        observation = checked_observation(observation, self.observation_dim)
         action, _ = self.policy.predict(observation, deterministic=deterministic)
         return np.asarray(action, np.float32), None
 

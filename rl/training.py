@@ -21,7 +21,7 @@ from rl.base import BaseAgent
 from rl.config import AgentConfig
 from rl.environments import EnvironmentSource, is_environment
 from rl.lockstep import Lockstep
-from rl.run import AGENTS, AnyAgent, Run, RunProgress, read_about
+from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, read_about
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
@@ -80,6 +80,8 @@ def train(
         ValueError: If an argument does not fit.
         EnvironmentFailure: If an environment raises or returns NaN; the run is saved before.
     """
+    if "seeds" in changes:
+        raise ValueError(f"seeds must go to rl.train_seeds, got {changes['seeds']}")
     if agent in FOREIGN:
         if config != "corrected":
             raise ValueError(f"config of {agent!r} is set by its fields alone, got {config!r}")
@@ -127,18 +129,11 @@ def train_seeds(
     seeds: int | Sequence[int],
     total_steps: int,
     batched: bool | None = None,
-    config: AgentConfig | str = "corrected",
     run_dir: str | os.PathLike[str] | None = None,
-    device: torch.device | str = "auto",
-    eval_env: EnvironmentSource | None = None,
-    eval_every: int | None = None,
-    eval_episodes: int = 20,
-    checkpoint_every: int | None = None,
-    log_every: int = 1000,
     progress: bool | None = None,
     logger: Logger | None = None,
     callback: Callable[[RunProgress], bool | None] | None = None,
-    **changes: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401
 ) -> list[BaseAgent]:
     """Train an agent with several seeds in one process.
 
@@ -152,19 +147,12 @@ def train_seeds(
         total_steps: Environment steps of each run.
         batched: Whether the updates of all are one computation (see :mod:`rl.lockstep`), or are
             made one after the other; None takes the first on a GPU, for agents that can.
-        config: As in :func:`train`.
         run_dir: Folder of the runs, which are in its folders ``seed-0`` and so on.
-        device: As in :func:`train`.
-        eval_env: As in :func:`train`, but not an environment.
-        eval_every: As in :func:`train`.
-        eval_episodes: As in :func:`train`.
-        checkpoint_every: As in :func:`train`.
-        log_every: As in :func:`train`.
         progress: As in :func:`train`.
         logger: Receives the numbers of all, under ``seed-0/`` and so on.
         callback: Called after each evaluation of each run; all stop once those of all runs have
             returned a true value.
-        **changes: As in :func:`train`.
+        **options: As for :func:`train`, for all runs; ``eval_env`` must not be an environment.
 
     Returns:
         The trained agents, in the order of the seeds.
@@ -178,24 +166,19 @@ def train_seeds(
         raise ValueError(f"seeds must be at least one, all different, got {seeds}")
     if agent in FOREIGN:
         raise ValueError(f"agent must be one of {sorted(AGENTS)} for several seeds, got {agent!r}")
-    for name, source in (("env", env), ("eval_env", eval_env)):
+    for name, source in (("env", env), ("eval_env", options.get("eval_env"))):
         if source is not None and is_environment(source):
             raise ValueError(f"{name} must be an id or a function for several seeds, got {source}")
+    shared = {name: options.pop(name) for name in RUN_OPTIONS if name in options}
     runs = [
         Run(
             agent,
             env,
             total_steps=total_steps,
             seed=seed,
-            config=config,
             run_dir=None if run_dir is None else Path(run_dir, f"seed-{seed}"),
-            device=device,
-            eval_env=eval_env,
-            eval_every=eval_every,
-            eval_episodes=eval_episodes,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-            changes=changes,
+            changes=options,
+            **shared,
         )
         for seed in chosen
     ]

@@ -271,3 +271,5 @@ def test_bad_arguments_of_several_seeds_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             several(**options)
+    with pytest.raises(ValueError, match=r"seeds must go to rl.train_seeds, got 5"):
+        rl.train_sdac("Pendulum-v1", total_steps=9, seeds=5)

@@ -68,7 +68,7 @@ TASKS = {
     "Swimmer-v5": Task(100_000, 10_000, goal=100, discount=0.998, n_step=10),
     "HalfCheetah-v5": Task(60_000, 5000, sizes=SIZES),
     "Hopper-v5": Task(100_000, 10_000, n_step=5, sizes=SHARP),
-    "Walker2d-v5": Task(100_000, 10_000, n_step=3),
+    "Walker2d-v5": Task(100_000, 10_000, n_step=3, sizes=SIZES),
 }
 
 

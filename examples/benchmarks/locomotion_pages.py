@@ -21,6 +21,7 @@ PUBLISHED = {
         "Swimmer-v5": "119.1 ± 41.9",
         "HalfCheetah-v5": "12210 ± 964",
         "Hopper-v5": "2955 ± 370",
+        "Walker2d-v5": "3995 ± 498",
     },
     "dpmd": {
         "InvertedDoublePendulum-v5": "9360 ± 0",
@@ -28,6 +29,7 @@ PUBLISHED = {
         "Swimmer-v5": "79.3 ± 52.5",
         "HalfCheetah-v5": "11924 ± 609",
         "Hopper-v5": "3275 ± 55",
+        "Walker2d-v5": "4365 ± 266",
     },
 }
 NAMES = {"sdac": "SDAC", "dpmd": "DPMD", "sac": "SAC", "sb3": "SAC of stable-baselines3"}
@@ -38,6 +40,7 @@ AIMS = {
     "Swimmer-v5": "≥ 100 at 100k steps, mean",
     "HalfCheetah-v5": "≥ 1.15 × SAC of stable-baselines3 at 60k steps, mean",
     "Hopper-v5": "≥ SAC of stable-baselines3 at 100k steps, mean",
+    "Walker2d-v5": "≥ SAC of stable-baselines3 at 100k steps, mean",
 }
 
 
