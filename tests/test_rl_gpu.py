@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import rl
+from rl.lockstep import Lockstep
 
 pytestmark = pytest.mark.gpu
 SMALL = {"width": 32, "batch_size": 32, "replay_size": 256}
@@ -46,10 +47,32 @@ def test_captured_updates_train(kind, preset, changes):
     assert len(set(losses)) == len(losses)  # every replay draws anew
 
 
-@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.QSM, rl.DIPO, rl.DACER, rl.QVPO])
-def test_the_policy_is_that_of_a_cpu(kind, tmp_path):
+@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.QVPO])
+def test_seeds_together_are_captured_and_stay_themselves(kind):
+    """One graph for all; each seed draws from its own generators, as it does alone."""
     config = kind.config_type(**SMALL, policy_states=16)
-    agent = kind(3, 2, config, device="cuda")
+    alone, joined = ([kind(3, 2, config, seed=s, device="cuda") for s in (0, 1)] for _ in "ab")
+    many, replays = Lockstep(joined), [filled("cuda") for _ in "ab"]
+    for k in range(12):
+        found = many.update(replays)
+        for mine, agent, replay in zip(found, alone, replays, strict=True):
+            own = agent.update(replay)
+            tolerance = 1e-4 if k < 3 else 5e-2  # rounding grows
+            torch.testing.assert_close(
+                mine["critic_loss"], own["critic_loss"], rtol=tolerance, atol=tolerance
+            )
+    assert all(captured._graph is not None for captured in many._captured.values())
+    observations = np.random.default_rng(0).normal(size=(6, 2, 4, 3)).astype(np.float32)
+    for each in observations:
+        acted = many.act(each)
+        for i, agent in enumerate(alone):
+            np.testing.assert_allclose(acted[i], agent.act(each[i]), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.QSM, rl.DIPO, rl.DACER, rl.QVPO, rl.DPPO])
+def test_the_policy_is_that_of_a_cpu(kind, tmp_path):
+    options = {"width": 32} if kind is rl.DPPO else {**SMALL, "policy_states": 16}
+    agent = kind(3, 2, kind.config_type(**options), device="cuda")
     agent.save(tmp_path / "agent.pt")
     other = rl.load(tmp_path / "agent.pt", device="cpu")
     observation = np.random.default_rng(0).normal(size=(8, 3))
@@ -70,3 +93,16 @@ def test_a_run_on_a_gpu(tmp_path):
         **SMALL,
     )
     assert agent.updates == 40 and agent.act(np.zeros((5, 3), np.float32)).shape == (5, 1)
+
+
+def test_an_on_policy_run_on_a_gpu():
+    agent = rl.train_dppo(
+        "Pendulum-v1",
+        total_steps=700,
+        rollout_steps=320,
+        width=32,
+        eval_every=0,
+        device="cuda",
+        progress=False,
+    )
+    assert agent.updates >= 2 and agent.act(np.zeros((5, 3), np.float32)).shape == (5, 1)
