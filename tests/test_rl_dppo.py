@@ -186,7 +186,7 @@ def test_rewards_are_scaled_by_the_returns_spread():
         totals.append(total)
         after = np.zeros((1, OBS), np.float32)
         flag = np.array([ended])
-        agent.observe(Transition(after, after, np.array([reward]), flag, flag, np.array([True])))
+        agent.observe(Transition(after, after, np.float32([reward]), flag, flag, np.array([True])))
         scaled = float(agent._rows[-1].reward[0])
         if k > 2:
             assert abs(scaled * np.std(totals) - reward) < 1e-4
