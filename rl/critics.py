@@ -108,8 +108,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
     """Let no gradients go to a module's own parameters: for those of its inputs alone.
 
     Arguments:
-        module: Its parameters are trainable before and after.
+        module: Its parameters are trainable before and after. A plain one
+            (:class:`~rsm_sampler.ensemble.EnsembleMLP`) stays as it is, since within
+            ``torch.vmap`` its parameters are others.
     """
+    if getattr(module, "plain", False):
+        yield
+        return
     module.requires_grad_(False)
     try:
         yield

@@ -166,6 +166,7 @@ class DACER(DiffusionAgent):
 
     name = "dacer"
     config_type = DACERConfig
+    stackable = True
     critic: Any
     target_critic: Any
 
@@ -259,12 +260,11 @@ class DACER(DiffusionAgent):
 
     # ------------------------------------------------------------------ the noise
 
-    def update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
-        """One update, and where it is due a step of kappa; see the base class."""
-        metrics = super().update(replay)
+    def after_update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        """Where it is due a step of kappa, and the entropy behind it."""
         if self.config.kappa_lr > 0 and self.updates % self.config.kappa_period == 0:
-            metrics = {**metrics, "entropy_per_dim": self._tune(replay)}
-        return metrics
+            return {"entropy_per_dim": self._tune(replay)}
+        return {}
 
     def _tune(self, replay: ReplayBuffer) -> Tensor:
         """A step of kappa towards the wanted entropy; the entropy per dimension."""

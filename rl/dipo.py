@@ -34,6 +34,7 @@ References:
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from rl.critics import Critic, frozen
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.off_policy import NextAction
 from rl.replay import Batch, ReplayBuffer
+from rsm_sampler.gradients import value_and_gradient
 from rsm_sampler.losses import denoising_loss, noise_weight
 
 __all__ = ["DIPO", "DIPOConfig", "SecondActions", "ascend"]
@@ -205,14 +207,13 @@ def ascend(
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     with frozen(critic):
         for i in range(1, steps + 1):
-            x.requires_grad_()
-            (gradient,) = torch.autograd.grad(critic.minimum(observation, x).sum(), x)
+            _, gradient = value_and_gradient(partial(critic.minimum, observation), x)
             if clip is not None:
                 gradient = gradient * (clip * x.shape[-1] / (gradient.norm() + 1e-6)).clamp(max=1)
             first = torch.lerp(gradient, first, 0.9)
             second = torch.lerp(gradient.square(), second, 0.999)
             root = (second / (1 - 0.999**i)).sqrt() + 1e-8
-            x = (x.detach() + lr / (1 - 0.9**i) * first / root).clamp(-1.0, 1.0)
+            x = (x + lr / (1 - 0.9**i) * first / root).clamp(-1.0, 1.0)
     return x
 
 

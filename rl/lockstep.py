@@ -78,12 +78,9 @@ class Lockstep(Alone):
         self._moments = {name: _stacked([m[name] for m in moments]) for name in moments[0]}
         names = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
         self._tuned = {name: _stacked([vars(agent)[name] for agent in agents]) for name in names}
-        self._optimisers = [
-            self._joined(optimisers)
-            for optimisers in zip(*(agent._optimisers() for agent in agents), strict=True)
-        ]
         common = self._common
-        common.critic_optimiser, common.policy_optimiser = self._optimisers
+        common.critic_optimiser = self._joined([agent.critic_optimiser for agent in agents])
+        common.policy_optimiser = self._joined([agent.policy_optimiser for agent in agents])
         self._runs = torch.arange(len(agents), device=first.device)
         self._captured: dict[tuple[Any, ...], Captured] = {}
         self._inputs: dict[int, Tensor] = {}
@@ -168,7 +165,10 @@ class Lockstep(Alone):
         for agent in self.agents:
             agent.updates += 1
         found = self._captured[key]()
-        return [{name: x[i] for name, x in found.items()} for i in range(len(self.agents))]
+        return [
+            {**{name: x[i] for name, x in found.items()}, **agent.after_update(replay)}
+            for i, (agent, replay) in enumerate(zip(self.agents, replays, strict=True))
+        ]
 
     def _update(
         self, replays: Sequence[ReplayBuffer], with_policy: bool, with_target: bool

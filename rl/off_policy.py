@@ -136,6 +136,14 @@ class OffPolicyAgent(BaseAgent):
     def before_update(self) -> None:
         """Host-side schedules, written to tensors of the device."""
 
+    def after_update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        """What is done now and then, outside of what a graph captures; numbers for a log.
+
+        Arguments:
+            replay: The replay.
+        """
+        return {}
+
     def slow_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Slow copies and what they follow."""
         return [(self.target_critic, self.critic)]
@@ -157,7 +165,7 @@ class OffPolicyAgent(BaseAgent):
                 [self.generator],
             )
         self.updates += 1
-        return self._captured[key]()
+        return {**self._captured[key](), **self.after_update(replay)}
 
     def begin_update(self) -> tuple[bool, bool]:
         """The host's part: schedules and learning rate.

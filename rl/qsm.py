@@ -57,6 +57,7 @@ from rl.off_policy import NextAction
 from rl.replay import Batch
 from rsm_sampler.ensemble import EnsembleMLP
 from rsm_sampler.estimators import PosteriorEstimate, TargetForm, posterior_estimate
+from rsm_sampler.gradients import value_and_gradient
 from rsm_sampler.kernels import GaussianReferenceKernel
 from rsm_sampler.losses import estimate_loss, noise_weight
 from rsm_sampler.transitions import forward_kernel, variance_preserving
@@ -258,6 +259,7 @@ class QSM(DiffusionAgent):
 
     name = "qsm"
     config_type = QSMConfig
+    stackable = True
     policy: Any
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
@@ -341,11 +343,13 @@ class QSM(DiffusionAgent):
 
     def _gradient(self, observation: Tensor, action: Tensor) -> Tensor:
         """Gradients of value over temperature, of the members' mean or of the smallest one."""
-        action = action.detach().requires_grad_()
-        with frozen(self.critic):
+
+        def value(action: Tensor) -> Tensor:
             values = self.critic.values(observation, action)
-        value = values.amin(0) if self.config.score == "clean" else values.mean(0)
-        (gradient,) = torch.autograd.grad(value.sum(), action)
+            return values.amin(0) if self.config.score == "clean" else values.mean(0)
+
+        with frozen(self.critic):
+            _, gradient = value_and_gradient(value, action)
         return self._log_temperature.neg().exp().to(gradient.dtype) * gradient
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.gradients import value_and_gradient
 from rsm_sampler.kernels import Kernel
 from rsm_sampler.transitions import sigma_column
 
@@ -428,18 +429,15 @@ def _evaluate(
     arguments: tuple[Tensor, ...] = ()
     if context is not None:
         arguments = (context.unsqueeze(-2).expand(*x_0.shape[:-1], context.shape[-1]),)
+    gradient = None
     if with_gradient:
-        x_0 = x_0.detach().requires_grad_()
-    with torch.set_grad_enabled(with_gradient):
-        value = energy(x_0, *arguments)
+        value, gradient = value_and_gradient(lambda x: energy(x, *arguments), x_0)
+    else:
+        with torch.no_grad():
+            value = energy(x_0, *arguments)
     if value.shape != x_0.shape[:-1]:
         raise ValueError(
             f"energy must return one value per point, shape {tuple(x_0.shape[:-1])}, "
             f"got {tuple(value.shape)}"
         )
-    if not with_gradient:
-        return value.to(x_0.dtype), None
-    if not value.requires_grad:
-        raise ValueError("energy must be differentiable by autograd for this form, got no graph")
-    (gradient,) = torch.autograd.grad(value, x_0, torch.ones_like(value))
-    return value.detach().to(x_0.dtype), gradient
+    return value.to(x_0.dtype), gradient

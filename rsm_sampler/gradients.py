@@ -27,12 +27,47 @@ __all__ = [
     "autograd_gradient",
     "difference_gradient",
     "differentiable",
+    "value_and_gradient",
     "virial_holds",
 ]
 
 GradientMethod = Literal["auto", "autograd", "differences", "none"]
 _PILOT, _FIRST_STEP, _STEP = 64, 1e-2, 0.1
 _TOLERANCE = 0.05
+
+
+def value_and_gradient(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch dim"]
+) -> tuple[Tensor, Float[Tensor, "*batch dim"]]:
+    """Values of a function, and the gradients of their sum, both without a graph.
+
+    Arguments:
+        function: What is differentiated; its values have no axis that x has not.
+        x: Points.
+
+    Raises:
+        ValueError: If autograd cannot differentiate the function.
+
+    Note:
+        Within :func:`torch.vmap` no tensor can be told to require gradients; there
+        :func:`torch.func.vjp` differentiates.
+
+    Example:
+        >>> value_and_gradient(lambda x: x.square().sum(-1), torch.tensor([[1.0, 2.0]]))
+        (tensor([5.]), tensor([[2., 4.]]))
+    """
+    try:
+        leaf = x.detach().requires_grad_()
+    except RuntimeError:
+        value, pull, *_ = torch.func.vjp(function, x.detach())
+        (gradient,) = pull(torch.ones_like(value))
+        return value.detach(), gradient.detach()
+    with torch.enable_grad():
+        value = function(leaf)
+    if not value.requires_grad:
+        raise ValueError("energy must be differentiable by autograd for this form, got no graph")
+    (gradient,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    return value.detach(), gradient
 
 
 def autograd_gradient(

@@ -47,7 +47,7 @@ def test_captured_updates_train(kind, preset, changes):
     assert len(set(losses)) == len(losses)  # every replay draws anew
 
 
-@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.QVPO])
+@pytest.mark.parametrize("kind", [rl.SDAC, rl.DPMD, rl.QVPO, rl.QSM, rl.DACER])
 def test_seeds_together_are_captured_and_stay_themselves(kind):
     """One graph for all; each seed draws from its own generators, as it does alone."""
     config = kind.config_type(**SMALL, policy_states=16)

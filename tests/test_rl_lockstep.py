@@ -24,7 +24,7 @@ def double(agent):
     for name in ("_starts", "_ess"):
         if hasattr(agent, name):
             setattr(agent, name, getattr(agent, name).double())
-    if hasattr(agent, "_entropy"):
+    if hasattr(getattr(agent, "_entropy", None), "_sigma"):
         agent._entropy._sigma = agent._entropy._sigma.double()
     return agent
 
@@ -59,6 +59,10 @@ def filled(seed, n=300):
         ("dpmd", "official", PUBLISHED),
         ("qvpo", "corrected", {"uniform_share_updates": 10}),
         ("qvpo", "official", {"warmup_steps": 0}),
+        ("qsm", "corrected", {}),
+        ("qsm", "icml2025", {"warmup_steps": 0}),
+        ("dacer", "corrected", {"entropy_states": 4, "entropy_draws": 16, "kappa_period": 5}),
+        ("dacer", "icml2025", {"warmup_steps": 0, "policy_states": 8, "kappa_lr": 0.0}),
     ],
 )
 def test_twenty_updates_equal_those_of_each_seed_alone(agent, preset, changes):
