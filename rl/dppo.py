@@ -69,7 +69,6 @@ Ratio = Literal["joint", "mean"]
 _UNUSED = (
     "updates_per_step",
     "warmup_steps",
-    "replay_size",
     "n_step",
     "reward_scale",
     "critic_steps",
@@ -386,7 +385,8 @@ class DPPO(BaseAgent):
 
     def update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
         """Learn from a rollout where one is complete; the replay is not looked at."""
-        if sum(len(row.reward) for row in self._rows) < self.config.rollout_steps:
+        held = len(self._rows) * (len(self._rows[0].reward) if self._rows else 0)
+        if held < self.config.rollout_steps:
             return {}
         rollout = _Row(*(torch.stack(parts) for parts in zip(*self._rows, strict=True)))
         self._rows = []
