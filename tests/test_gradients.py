@@ -8,12 +8,15 @@ import torch
 import energies
 from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig
 from rsm_sampler.energy import EnergyError, MeteredEnergy
+from rsm_sampler.estimators import posterior_estimate
 from rsm_sampler.gradients import (
     autograd_gradient,
     difference_gradient,
     differentiable,
+    value_and_gradient,
     virial_holds,
 )
+from rsm_sampler.kernels import GaussianReferenceKernel
 from rsm_sampler.losses import denoising_loss
 from rsm_sampler.transforms import Bounds
 
@@ -235,3 +238,44 @@ def test_wanted_autograd_of_a_black_box_is_an_error():
     )
     with pytest.raises(EnergyError, match="differentiable"):
         trainer.fit(progress=False)
+
+
+def test_gradients_are_the_same_within_vmap():
+    """Of several functions at once, as of each alone; estimates in the gradient form too."""
+    rng = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    x = torch.randn(3, 5, 2, generator=rng, dtype=torch.float64)
+
+    def both(s, points):
+        return value_and_gradient(lambda z: (s * z).sin().sum(-1), points)
+
+    values, gradients = torch.vmap(both)(scale, x)
+    for k, s in enumerate(scale):
+        value, gradient = both(s, x[k])
+        torch.testing.assert_close(values[k], value, rtol=0, atol=1e-14)
+        torch.testing.assert_close(gradients[k], gradient, rtol=0, atol=1e-14)
+        torch.testing.assert_close(gradient, s * (s * x[k]).cos(), rtol=0, atol=1e-14)
+
+    def mean(s, points):
+        kernel = GaussianReferenceKernel(0.0, 1.0)
+        noise = torch.Generator().manual_seed(1)
+        return posterior_estimate(
+            lambda z: (s * z).square().sum(-1),
+            points,
+            0.5,
+            kernel,
+            16,
+            target="mixed",
+            generator=noise,
+        ).mean
+
+    found = torch.vmap(mean, randomness="same")(scale, x)
+    for k, s in enumerate(scale):
+        torch.testing.assert_close(found[k], mean(s, x[k]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.bad_input
+def test_what_autograd_cannot_follow_is_refused():
+    """Values without a graph have no gradient."""
+    with pytest.raises(ValueError, match="differentiable by autograd"):
+        value_and_gradient(lambda x: x.detach().sum(-1), torch.ones(3, 2))

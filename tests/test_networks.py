@@ -275,3 +275,39 @@ def test_contexts_are_standardised():
     torch.testing.assert_close(
         network(x, level, context), plain(x, level, by_hand), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_operations_compute_the_same(layer_norm, dtype):
+    """With and without gradients, and mapped over several networks as each alone."""
+    options = {"members": 2, "width": 16, "depth": 2, "layer_norm": layer_norm}
+    made = [
+        EnsembleMLP([3, 2], 4, **options, generator=torch.Generator().manual_seed(k)).to(dtype)
+        for k in range(3)
+    ]
+    rng = torch.Generator().manual_seed(9)
+    first = torch.randn(3, 5, 1, 3, generator=rng, dtype=dtype)
+    second = torch.randn(3, 5, 7, 2, generator=rng, dtype=dtype)
+    close = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 1e-5}
+    expected = [net(a, b) for net, a, b in zip(made, first, second, strict=True)]
+    slopes = [
+        torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        for net, y in zip(made, expected, strict=True)
+    ]
+    for net in made:
+        net.plain = True
+    parameters, buffers = torch.func.stack_module_state(made)
+
+    def one(tensors, a, b):
+        return torch.func.functional_call(made[0], (tensors, buffers), (a, b))
+
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(made[1](first[1], second[1]), expected[1], **close)
+            mapped = torch.vmap(one)(parameters, first, second)
+            torch.testing.assert_close(mapped, torch.stack(expected), **close)
+    found = torch.autograd.grad(mapped.square().sum(), list(parameters.values()))
+    for k in range(3):
+        for mine, theirs in zip(found, slopes[k], strict=True):
+            torch.testing.assert_close(mine[k], theirs, rtol=1e-3, atol=100 * close["atol"])
