@@ -29,10 +29,10 @@ from rl.config import AgentConfig
 from rl.dppo import DPPOConfig
 from rl.environments import Environments
 from rl.replay import Batch, ReplayBuffer
-from rl.run import AGENTS, RUN_OPTIONS, read_about
+from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, RunProgress, read_about
 from rl.stable_baselines import FOREIGN, configuration
 from rl.stable_baselines import train as train_foreign
-from rl.training import train
+from rl.training import train, train_seeds
 from rsm_sampler.loggers import MemoryLogger
 
 __all__ = ["Cost", "compare", "estimate_cost"]
@@ -68,6 +68,7 @@ def compare(
     out: str | os.PathLike[str],
     seeds: int | Sequence[int] = 5,
     jobs: int = 1,
+    batched: bool | None = None,
     ray: str | None = None,
     reference: Mapping[str, float] | None = None,
     say: Callable[[str], None] | None = None,
@@ -82,6 +83,9 @@ def compare(
         out: Folder of the grid, new or of an earlier call: what is there is not run again.
         seeds: The first so many seeds, or the seeds.
         jobs: Processes at a time; they share the machine's cores.
+        batched: Whether the seeds of an agent on an environment are one process and one batched
+            computation, for agents that can (:mod:`rl.lockstep`); None for where there is a GPU.
+            Each run is then said to have taken its share of the time.
         ray: Address of a Ray cluster to run on, ``"local"`` for one on this machine; its nodes
             must share the folder. None runs processes here.
         reference: The return that counts as 1, by environment; the best agent's if None.
@@ -129,10 +133,13 @@ def compare(
         _announce(pending, configs, total_steps, jobs, say)
     failures = []
     run_all = _on_ray(ray) if ray is not None else _in_processes
-    for i, (run, error) in enumerate(run_all(pending, total_steps, jobs, options), 1):
-        name = run.folder.name
-        say(f"[{i}/{len(pending)}] {name}{f' failed: {error}' if error else ''}")
-        failures += [f"{name}: {error}"] if error else []
+    done = 0
+    for task, error in run_all(_tasks(pending, batched, options), total_steps, jobs, options):
+        for run in task:
+            done += 1
+            name = run.folder.name
+            say(f"[{done}/{len(pending)}] {name}{f' failed: {error}' if error else ''}")
+            failures += [f"{name}: {error}"] if error else []
     found = read(out, total_steps=total_steps)
     write_report(found, out, reference=reference)
     if failures:
@@ -209,42 +216,65 @@ def _cost(agent: str, env: str, config: AgentConfig | dict[str, Any], updates: i
 # ---------------------------------------------------------------------- running
 
 
-def _run(run: _Run, total_steps: int, threads: int, options: dict[str, Any]) -> None:
-    """One run, or the rest of it, in a process of its own."""
+_Task = tuple[_Run, ...]  # runs that one process trains together: they differ in their seeds
+
+
+def _tasks(pending: list[_Run], batched: bool | None, options: dict[str, Any]) -> list[_Task]:
+    """What goes to one process each."""
+    if batched is None:
+        device = options.get("device", "auto")
+        batched = torch.cuda.is_available() if device == "auto" else "cuda" in str(device)
+    groups: dict[tuple[str, str, int], list[_Run]] = {}
+    for run in pending:
+        together = batched and run.agent in AGENTS and AGENTS[run.agent].stackable
+        groups.setdefault((run.agent, run.env, -1 if together else run.seed), []).append(run)
+    return [tuple(group) for group in groups.values()]
+
+
+def _train(task: _Task, total_steps: int, threads: int, options: dict[str, Any]) -> None:
+    """Some runs, or the rest of them, in a process of its own."""
     torch.set_num_threads(threads)
-    cost = run.folder / "cost.json"
-    before = json.loads(cost.read_text()) if cost.exists() else {"seconds": 0.0}
+    cost = {run.seed: run.folder / "cost.json" for run in task}
+    before = {
+        seed: json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+        for seed, path in cost.items()
+    }
     started = time.perf_counter()
 
-    def keep(_: Any) -> None:  # noqa: ANN401
-        seconds = before["seconds"] + time.perf_counter() - started
+    def keep(progress: RunProgress) -> None:
+        path = cost[progress.agent.seed]
+        share = (time.perf_counter() - started) / len(task)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        temporary = cost.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"seconds": seconds, "resident_mb": peak}) + "\n")
-        temporary.replace(cost)
+        record = {"seconds": before[progress.agent.seed] + share, "resident_mb": peak}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record) + "\n")
+        temporary.replace(path)
 
-    agent = train(
-        run.agent,
-        run.env,
-        seed=run.seed,
-        total_steps=total_steps,
-        run_dir=run.folder,
-        progress=False,
-        callback=keep,
-        **options,
-    )
-    if agent.interrupted:
+    first = task[0]
+    shared = {"total_steps": total_steps, "progress": False, "callback": keep, **options}
+    if len(task) > 1:
+        agents: Sequence[AnyAgent] = train_seeds(
+            first.agent,
+            first.env,
+            seeds=[run.seed for run in task],
+            batched=True,
+            run_dir=first.folder.with_name(f"{first.agent}-{first.env}-{{seed}}"),
+            **shared,
+        )
+    else:
+        agents = [train(first.agent, first.env, seed=first.seed, run_dir=first.folder, **shared)]
+    if any(agent.interrupted for agent in agents):
         raise KeyboardInterrupt
 
 
-_Outcome = tuple[_Run, str | None]
+_Outcome = tuple[_Task, str | None]
 
 
 def _in_processes(
-    pending: list[_Run], total_steps: int, jobs: int, options: dict[str, Any]
+    tasks: list[_Task], total_steps: int, jobs: int, options: dict[str, Any]
 ) -> Iterator[_Outcome]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    if not pending:
+    if not tasks:
         return
     # A fresh process for each run: its peak of memory is its own. Where the system can, they are
     # forked from one that has loaded this module and done nothing else.
@@ -253,7 +283,9 @@ def _in_processes(
     if forks:
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(_run, run, total_steps, threads, options): run for run in pending}
+        futures = {
+            pool.submit(_train, task, total_steps, threads, options): task for task in tasks
+        }
         try:
             for future in as_completed(futures):
                 yield futures[future], _error(future.exception())
@@ -269,7 +301,7 @@ def _on_ray(address: str) -> Callable[..., Iterator[_Outcome]]:
         raise ImportError("a Ray cluster needs: pip install 'rsm-sampler[ray]'") from error
 
     def run_all(
-        pending: list[_Run], total_steps: int, jobs: int, options: dict[str, Any]
+        tasks: list[_Task], total_steps: int, jobs: int, options: dict[str, Any]
     ) -> Iterator[_Outcome]:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         own = not ray.is_initialized()
@@ -280,17 +312,17 @@ def _on_ray(address: str) -> Callable[..., Iterator[_Outcome]]:
                 include_dashboard=False,
                 log_to_driver=False,
             )
-        remote = ray.remote(num_cpus=threads, max_calls=1)(_run)
+        remote = ray.remote(num_cpus=threads, max_calls=1)(_train)
         try:
-            tasks = {remote.remote(run, total_steps, threads, options): run for run in pending}
-            while tasks:
-                (ready,), _ = ray.wait(list(tasks))
+            waiting = {remote.remote(task, total_steps, threads, options): task for task in tasks}
+            while waiting:
+                (ready,), _ = ray.wait(list(waiting))
                 error = None
                 try:
                     ray.get(ready)
                 except ray.exceptions.RayError as failure:
                     error = str(failure).strip().splitlines()[-1]
-                yield tasks.pop(ready), error
+                yield waiting.pop(ready), error
         finally:
             if own:
                 ray.shutdown()

@@ -147,7 +147,8 @@ def train_seeds(
         total_steps: Environment steps of each run.
         batched: Whether the updates of all are one computation (see :mod:`rl.lockstep`), or are
             made one after the other; None takes the first on a GPU, for agents that can.
-        run_dir: Folder of the runs, which are in its folders ``seed-0`` and so on.
+        run_dir: Folder of the runs, which are in its folders ``seed-0`` and so on; or the folder
+            of each, where ``{seed}`` in its name stands for the seed.
         progress: As in :func:`train`.
         logger: Receives the numbers of all, under ``seed-0/`` and so on.
         callback: Called after each evaluation of each run; all stop once those of all runs have
@@ -176,7 +177,7 @@ def train_seeds(
             env,
             total_steps=total_steps,
             seed=seed,
-            run_dir=None if run_dir is None else Path(run_dir, f"seed-{seed}"),
+            run_dir=None if run_dir is None else _folder(run_dir, seed),
             changes=options,
             **shared,
         )
@@ -371,6 +372,14 @@ def _round(runs: list[Run], together: Lockstep | None) -> None:
 def _alike(runs: list[Run]) -> bool:
     """Whether all have made, and owe, as many updates."""
     return len({(run.agent.updates, run.owed) for run in runs}) == 1
+
+
+def _folder(run_dir: str | os.PathLike[str], seed: int) -> Path:
+    """The folder of one of several runs."""
+    name = os.fspath(run_dir)
+    return Path(
+        name.replace("{seed}", str(seed)) if "{seed}" in name else Path(name, f"seed-{seed}")
+    )
 
 
 class _Named:

@@ -63,7 +63,7 @@ def value_and_gradient(
         (gradient,) = pull(torch.ones_like(value))
         return value.detach(), gradient.detach()
     with torch.enable_grad():
-        value = function(leaf)
+        value = function(leaf.view_as(leaf))  # PyTorch's counter of operations takes no leaf
     if not value.requires_grad:
         raise ValueError("energy must be differentiable by autograd for this form, got no graph")
     (gradient,) = torch.autograd.grad(value, leaf, torch.ones_like(value))

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 import rl
 from rl.comparison import Comparison, Curve, read, steps_done, write_report
-from rl.grid import compare, estimate_cost
+from rl.grid import _Run, _tasks, compare, estimate_cost
 from rsm_sampler.checkpoint import CheckpointError
 
 SMALL = {
@@ -130,6 +131,52 @@ def test_a_grid_that_was_killed_goes_on(tmp_path):
     mine, theirs = (c.curves["dpmd"]["Pendulum-v1"][0] for c in (found, whole))
     assert mine.steps == theirs.steps == [100, 200, 300, 400, 500, 600]
     assert mine.returns == pytest.approx(theirs.returns, rel=1e-6)
+
+
+def test_batched_seeds_fill_the_same_grid(tmp_path):
+    """One process for the seeds that are missing, folders and curves as of single runs."""
+    grid = {"total_steps": 300, **QUIET, **SMALL}
+    pair = ["Pendulum-v1"], ["dpmd"]
+    single = compare(*pair, seeds=3, out=tmp_path / "one", **grid)
+    shutil.copytree(
+        tmp_path / "one/runs/dpmd-Pendulum-v1-1", tmp_path / "many/runs/dpmd-Pendulum-v1-1"
+    )
+    said = []
+    options = {**grid, "say": said.append}
+    found = compare(*pair, seeds=3, out=tmp_path / "many", batched=True, **options)
+    mine, theirs = (c.curves["dpmd"]["Pendulum-v1"] for c in (found, single))
+    assert mine.keys() == theirs.keys() == {0, 1, 2}
+    for seed, curve in mine.items():
+        assert curve.returns == pytest.approx(theirs[seed].returns, rel=1e-3)
+        assert curve.seconds > 0
+    assert [line for line in said if line.startswith("[")] == [
+        "[1/2] dpmd-Pendulum-v1-0",
+        "[2/2] dpmd-Pendulum-v1-2",
+    ]
+
+
+def test_only_agents_that_can_be_batched_are(tmp_path):
+    """The others, those of stable-baselines3 too, have a process for each run."""
+    runs = [
+        _Run(agent, env, seed, tmp_path)
+        for agent in ("sdac", "dipo", "sac")
+        for env in ("x", "y")
+        for seed in (0, 1)
+    ]
+    sizes = [len(task) for task in _tasks(runs, True, {})]
+    assert sizes == [2, 2, *[1] * 8]
+    assert all(len(task) == 1 for task in _tasks(runs, None, {"device": "cpu"}))
+    assert len(_tasks(runs, None, {"device": "cuda"})) == 10
+
+
+@pytest.mark.parametrize("agent", ["qsm", "dipo", "dacer", "qvpo"])
+def test_every_agent_has_a_cost(agent):
+    """Those that differentiate critics within an update too."""
+    sizes = {"width": 16, "depth": 1, "batch_size": 16, "policy_states": 8}
+    if agent == "dacer":
+        sizes |= {"entropy_states": 4, "entropy_draws": 16}
+    cost = estimate_cost(agent, "Pendulum-v1", updates=2, **sizes)
+    assert cost.gflop > 0 and cost.seconds > 0
 
 
 def test_finished_runs_of_another_configuration_are_refused(tmp_path):
