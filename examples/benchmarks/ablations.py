@@ -122,6 +122,15 @@ EXPERIMENTS = {
             Variant("sdac", "both", {"critic_lr": 3e-4, "polyak": 0.005}),
         ),
     ),
+    "returns": Experiment(
+        "Returns of one step, or of three?",
+        (
+            DPMD,
+            Variant("dpmd", "n_step=3", {"n_step": 3}),
+            SDAC,
+            Variant("sdac", "n_step=3", {"n_step": 3}),
+        ),
+    ),
     "target": Experiment(
         "One action for the critic's target, or the best of 32?",
         (DPMD, Variant("dpmd", "best-of-32", {"target_candidates": 32})),
