@@ -165,7 +165,6 @@ class DPPOConfig(DiffusionConfig):
             "num_envs": 10,
             "rollout_steps": 10_000,
             "batch_size": 5000,
-            "replay_size": 10_000,
             "policy_lr": 1e-4,
             "gradient_clip": None,
             "width": 512,

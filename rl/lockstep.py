@@ -213,8 +213,8 @@ class Lockstep(Alone):
     def clip(self, parameters: list[Tensor], limit: float) -> None:
         """Shorten the gradient of each agent."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        squares = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])
-        factor = (limit / (squares.norm(dim=0) + 1e-6)).clamp(max=1.0)
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])
+        factor = (limit / (norms.norm(dim=0) + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor.view(-1, *[1] * (gradient.ndim - 1)))
 

@@ -315,8 +315,9 @@ def _go(
                 for run in due:
                     if run.after_round(step, callback, saying(run)):
                         stopping.add(run.seed)
-                returns = [run.train_return for run in runs if run.train_return is not None]
-                if returns:
+                logged = first.step // first.log_every > step // first.log_every
+                returns = [run.train_return for run in runs] if logged else []
+                if returns := [each for each in returns if each is not None]:
                     shown = {"return": f"{np.mean(returns):.1f}", "updates": first.agent.updates}
                     bar.set_postfix(shown, refresh=False)
                 if interrupted():
