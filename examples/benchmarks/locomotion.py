@@ -118,7 +118,9 @@ def ours(
     key = " ".join(part for part in (agent, env, label) if part) + f"/{seed}"
     if load(file).get(key, {}).get("done"):
         return
-    record = Record(key, task, file)
+    record, run_dir = Record(key, task, file), folder / key.replace("/", " ").replace(" ", "-")
+    if not run_dir.exists():  # begun elsewhere, and begun again here
+        record.before = 0.0
     config = {**task.sizes[agent], "discount": task.discount, "n_step": task.n_step, **changes}
     rl.train(
         agent,
@@ -126,7 +128,7 @@ def ours(
         total_steps=task.steps,
         seed=seed,
         config=preset,
-        run_dir=folder / key.replace("/", " ").replace(" ", "-"),
+        run_dir=run_dir,
         eval_every=task.every,
         checkpoint_every=task.every,
         progress=False,
