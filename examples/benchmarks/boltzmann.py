@@ -16,28 +16,27 @@ Methods:
   settings spend hundreds to ten thousands of times more; here iDEM uses an estimate eight times
   and FAB an annealed point as often, so that a few thousand optimiser steps come out.
 
-Raw draws of the final model are measured, and apart from them reweighted ones. Evaluations are
-those of the fit, warm start included; log Z takes 32,768 more. Every result is written to
-docs/results/boltzmann.json at once.
+Raw draws of the final model are measured, and apart from them reweighted ones and, of particles,
+refined ones: ends of short Metropolis chains from raw draws, whose evaluations are counted apart.
+Evaluations are those of the fit, warm start included; log Z takes 32,768 more. Every result is
+written to docs/results/boltzmann.json at once. The targets are those of boltzmann_targets.py.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from boltzmann_targets import TASKS, Task, reference
 from results import load, store
-from scipy import stats
 from torch import Tensor
 
-import energies
-from rsm_sampler import EnergyDiffusionTrainer, EnergySampler, metrics
+from rsm_sampler import EnergyDiffusionTrainer, EnergySampler
 from rsm_sampler.baselines import (
     FABConfig,
     FlowSampler,
@@ -48,92 +47,17 @@ from rsm_sampler.baselines import (
     langevin,
 )
 from rsm_sampler.energy import MeteredEnergy
-from rsm_sampler.mcmc import run_mcmc
+from rsm_sampler.mcmc import refine, run_mcmc
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.transforms import Bounds, Coordinates, MeanFree
 
 METHODS = (
     "rsm", "rsm-values", "rw", "hmc", "pt", "langevin", "ddpm-mcmc", "ddpm-exact", "idem", "fab"
 )  # fmt: skip
+DIFFERENTIATING = {"hmc", "langevin", "idem", "fab"}  # they need autograd
 LOG_Z_DRAWS = 32_768
 IDEM = IDEMConfig(num_draws=64, batch_size=32, updates=8)
 FAB = FABConfig(levels=2, updates=8)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A target, how it is measured, and where plain chains start.
-
-    Attributes:
-        make: The target.
-        n: Draws that enter the measure.
-        measure: Name and value of the figure, from draws and the target.
-        slow: Observables (n, k) that plain chains are slow in.
-        start: Standard deviation of the chains' starts, and the width the peers are given.
-        detail: Scale of the finest structure, for Langevin steps.
-    """
-
-    make: Callable[[], Any]
-    n: int
-    measure: Callable[[Any, Tensor], dict[str, float]]
-    slow: Callable[[Any, Tensor], Tensor]
-    start: float = 3.0
-    detail: float = 0.2
-
-
-def worst_pair(target: Any, x: Tensor) -> dict[str, float]:
-    """Largest error of the share of the deeper well over all pairs."""
-    gap = target.wells(x).double().mean(0) - target.well_weights[1]
-    return {"worst pair": float(gap.abs().max()), "mean pair": float(gap.mean())}
-
-
-def mode_weights(target: Any, x: Tensor) -> dict[str, float]:
-    """Total variation of the mode weights, and modes without a draw."""
-    weight = target.responsibilities(x).double().mean(0)
-    apart = 0.5 * float((weight - target.mode_weights).abs().sum())
-    return {"TV": apart, "missing modes": int((weight < 0.5 / len(x)).sum())}
-
-
-def funnel_ks(target: Any, x: Tensor) -> dict[str, float]:
-    """Kolmogorov-Smirnov distance of the first coordinate."""
-    return {"KS": float(stats.kstest(x[:, 0].double().numpy() / 3, "norm").statistic)}
-
-
-def energy_w2(target: Any, x: Tensor) -> dict[str, float]:
-    """Transport distance of the energies to those of fresh reference draws, rooted."""
-    exact = target.sample(len(x), generator=torch.Generator().manual_seed(10**6))
-    own, other = target(x.double()), target(exact.double())
-    return {"energy W2": float(metrics.wasserstein2_1d(own, other)),
-            "infinite energies": int((~own.isfinite()).sum())}  # fmt: skip
-
-
-TASKS: dict[str, Task] = {
-    "many-well-32": Task(
-        lambda: energies.get("many-well-32"), 100_000, worst_pair, lambda t, x: t.wells(x)
-    ),
-    **{
-        f"many-well-m5-{d}d": Task(
-            lambda d=d: energies.SymmetricManyWell(d),  # type: ignore[misc]
-            10_000,
-            mode_weights,
-            lambda t, x: (x[:, :5] > 0).double(),
-        )
-        for d in (5, 50, 100, 200)
-    },
-    "funnel": Task(
-        lambda: energies.get("funnel"), 10_000, funnel_ks, lambda t, x: x[:, :1] / 3, start=3.0
-    ),
-    "gmm40-50d": Task(
-        lambda: energies.get("gmm40-50d"),
-        10_000,
-        mode_weights,
-        lambda t, x: t.responsibilities(x),
-        start=25.0,
-        detail=1.0,
-    ),
-    "dw4": Task(
-        lambda: energies.get("dw4"), 1000, energy_w2, lambda t, x: t(x).unsqueeze(-1), start=2.0
-    ),
-}
 
 
 def fitted(
@@ -150,10 +74,9 @@ def fitted(
         trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients)
         sampler = trainer.fit(progress=sys.stderr.isatty())
     elif method == "ddpm-exact":
-        generator = torch.Generator().manual_seed(seed)
-        sampler = ddpm(*arguments, samples=target.sample(16_384, generator=generator), **given)
+        sampler = ddpm(*arguments, samples=exact(target, 16_384, seed), **given)
     else:
-        given |= {"evaluations": budget(names()[id(task)], seed), "scale": task.start}
+        given |= {"evaluations": budget(target.name, seed), "scale": task.start}
         if method == "ddpm-mcmc":
             sampler = ddpm(*arguments, **given)
         elif method == "idem":
@@ -169,6 +92,14 @@ def fitted(
     return sampler, record
 
 
+def exact(target: Any, n: int, seed: int) -> Tensor:
+    """Draws to learn from: exact ones, or the reference where there are none."""
+    try:
+        return target.sample(n, generator=torch.Generator().manual_seed(seed))
+    except NotImplementedError:
+        return reference(target, n).float()
+
+
 def budget(name: str, seed: int) -> int:
     """Evaluations of the trained samplers of this seed: the larger number."""
     records = load("boltzmann")
@@ -182,18 +113,33 @@ def budget(name: str, seed: int) -> int:
     return max(spent)
 
 
+def coordinates_of(target: Any) -> Coordinates:
+    """Where chains run: particles have no place of their own."""
+    particles = getattr(target, "particles", None)
+    free = Bounds(-math.inf, math.inf, target.dim)
+    return free if particles is None else MeanFree(*particles)
+
+
 def plain(task: Task, target: Any, method: str, seed: int, n: int) -> tuple[Any, float]:
     """Chains with the same number of evaluations, and the seconds they took."""
     generator = torch.Generator().manual_seed(seed)
-    evaluations = budget(names()[id(task)], seed)
+    evaluations, inside = budget(target.name, seed), coordinates_of(target)
+
+    def energy(u: Tensor) -> Tensor:
+        return target.energy(inside.forward(u)[0])
+
     chains = {"pt": 32, "hmc": 64}.get(method, 128)
-    x_0 = task.start * torch.randn(chains, target.dim, dtype=torch.float64, generator=generator)
-    x_0 = torch.where(target(x_0).isfinite()[:, None], x_0, x_0 / 3)
+    if hasattr(target, "scattered"):
+        x_0 = inside.inverse(target.scattered(chains, generator=generator))
+    else:
+        shape = chains, inside.reduced
+        x_0 = task.start * torch.randn(shape, dtype=torch.float64, generator=generator)
+        x_0 = torch.where(energy(x_0).isfinite()[:, None], x_0, x_0 / 3)
     options: dict[str, Any] = {"method": method}
     if method == "pt":
         options = {
             "method": "parallel-tempering",
-            "num_levels": max(12, int(3 * math.sqrt(target.dim))),
+            "num_levels": max(12, int(3 * math.sqrt(inside.reduced))),
             "reference_loc": 0.0,
             "reference_scale": task.start,
         }
@@ -201,26 +147,32 @@ def plain(task: Task, target: Any, method: str, seed: int, n: int) -> tuple[Any,
     steps = evaluations // (chains * options.get("num_levels", 21 if method == "hmc" else 1))
     kept = min(n, int(0.6 * steps) * chains)
     result = run_mcmc(
-        target.energy,
+        energy,
         x_0,
         evaluations=evaluations,
         generator=generator,
         num_samples=kept,
         **options,
     )
-    return result, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return dataclasses.replace(
+        result,
+        samples=inside.forward(result.samples)[0],
+        chains=inside.forward(result.chains)[0],
+    ), seconds
 
 
 def annealed(
     task: Task, target: Any, seed: int, n: int, *, chains: int = 128
 ) -> tuple[Tensor, int, float]:
     """States of annealed Langevin chains (kept, chains, dim), evaluations and seconds."""
-    steps = budget(names()[id(task)], seed) // (2 * chains) - 1
+    steps = budget(target.name, seed) // (2 * chains) - 1
     keep = min(math.ceil(n / chains), steps // 2)
     started = time.perf_counter()
     sampler = langevin(
         target.energy,
         target.dim,
+        particles=getattr(target, "particles", None),
         num_steps=steps,
         keep=keep,
         scale=task.start,
@@ -230,11 +182,6 @@ def annealed(
     )
     x = sampler.sample(keep * chains).view(keep, chains, target.dim)
     return x, sum(sampler.counts.values()), time.perf_counter() - started
-
-
-def names() -> dict[int, str]:
-    """Tasks by identity."""
-    return {id(task): name for name, task in TASKS.items()}
 
 
 def independent_draws(values: Tensor) -> float:
@@ -275,7 +222,7 @@ def measure(name: str, method: str, seed: int) -> dict[str, Any]:
         record = of_chains(
             task, target, result.chains, result.samples, result.evaluations, seconds
         )
-        record["log_z_error"] = None if result.log_z is None else result.log_z - target.log_z
+        record |= error_of(result.log_z, target)
         record["log_z_se"] = result.log_z_se
         return record
     sampler, record = fitted(task, target, method, seed)
@@ -290,15 +237,45 @@ def measure(name: str, method: str, seed: int) -> dict[str, Any]:
     meter = MeteredEnergy(target.energy, target.dim)
     draws = sampler.weighted_draws(LOG_Z_DRAWS, energy=meter, generator=generator)
     log_weight = draws.log_weight.double()
-    log_z = float(torch.logsumexp(log_weight, 0)) - math.log(LOG_Z_DRAWS)
+    record |= error_of(float(torch.logsumexp(log_weight, 0)) - math.log(LOG_Z_DRAWS), target)
     record["ess"] = draws.ess / LOG_Z_DRAWS
     record["log_z_se"] = math.sqrt(max(0.0, 1 / draws.ess - 1 / LOG_Z_DRAWS))
-    record["log_z_error"] = log_z - target.log_z
     record["log_z_evaluations"] = meter.evaluations
     index = stratified_indices(cumulative_weight(draws.x, log_weight), task.n, generator)
     index = index[torch.randperm(task.n, generator=generator)]
     record["reweighted"] = task.measure(target, draws.x[index])
+    if task.refine_steps:
+        record["refined"] = refined(task, target, x[: task.n], method, generator)
+    if hasattr(target, "entropy") and isinstance(sampler, EnergySampler):
+        record["nll"] = -float(sampler.log_prob(reference(target, 10_000).float()).mean())
     return record
+
+
+def error_of(log_z: float | None, target: Any) -> dict[str, float | None]:
+    """An estimate of log Z, and its error where the truth is known."""
+    known = log_z is not None and target.log_z is not None
+    return {"log_z": log_z, "log_z_error": log_z - target.log_z if known else None}
+
+
+def refined(
+    task: Task, target: Any, x: Tensor, method: str, generator: torch.Generator
+) -> dict[str, float]:
+    """The figure after short Metropolis chains from raw draws, and what they cost."""
+    inside = coordinates_of(target)
+    moved = refine(
+        lambda u: target.energy(inside.forward(u)[0]),
+        inside.inverse(x.double()),
+        steps=task.refine_steps,
+        method="mala" if task.differentiable and method != "rsm-values" else "rw",
+        generator=generator,
+    )
+    return {
+        **task.measure(target, inside.forward(moved.x)[0]),
+        "draws": len(x),
+        "evaluations": moved.evaluations,
+        "steps": task.refine_steps,
+        "energy drift": moved.energy_drift,
+    }
 
 
 def main() -> None:
@@ -314,14 +291,17 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.targets:
             for method in arguments.methods:
-                key = f"{name} {method}/{seed}"
-                if key in load("boltzmann"):
+                key, task = f"{name} {method}/{seed}", TASKS[name]
+                if key in load("boltzmann") or seed >= task.seeds:
+                    continue
+                if method in {*DIFFERENTIATING, "rsm-values"} and not task.differentiable:
                     continue
                 record = measure(name, method, seed)
                 store("boltzmann", key, record)
                 error = record["log_z_error"]
                 print(
                     f"{key:34} raw {record['raw']} reweighted {record.get('reweighted')} "
+                    f"refined {record.get('refined')} "
                     f"log Z {'-' if error is None else f'{error:+.4f}'} "
                     f"evaluations {record['evaluations']:,} fit {record['fit_seconds']:.0f} s "
                     f"10k draws {record['seconds_per_10k']:.1f} s",

@@ -7,19 +7,12 @@ import math
 from collections import defaultdict
 
 import matplotlib.pyplot as plt
-from boltzmann import METHODS, TASKS
+from boltzmann import METHODS
+from boltzmann_targets import TASKS
 from results import FOLDER, load
 
 DOCS = FOLDER.parent
 FIGURE = DOCS / "figures" / "boltzmann.png"
-# The figure of a target: its name, a perfect sampler's value, and what is to be reached.
-FIGURES = {
-    "many-well-32": ("worst pair", 0.003, 0.02, 0.1),
-    **{f"many-well-m5-{d}d": ("TV", 0.022, 0.05, 0.05) for d in (5, 50, 100, 200)},
-    "funnel": ("KS", 0.009, 0.03, 0.05),
-    "gmm40-50d": ("TV", 0.025, 0.10, math.nan),
-    "dw4": ("energy W2", 0.14, 0.20, math.nan),
-}
 
 
 def grouped() -> dict[str, dict[str, list[dict]]]:
@@ -44,21 +37,28 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def section(name: str, methods: dict[str, list[dict]]) -> str:
     """The table of one target."""
-    figure, floor, wanted, log_z = FIGURES[name]
-    head = ["method", "seeds", f"{figure}, raw", "reweighted", "error of log Z", "evaluations",
-            "fit, s", "10,000 more draws, s"]  # fmt: skip
+    task = TASKS[name]
+    figure, all_records = task.figure, [r for records in methods.values() for r in records]
+    optional = [kind for kind in ("refined", "nll") if any(kind in r for r in all_records)]
+    head = ["method", "seeds", f"{figure}, raw", "reweighted", *optional, "error of log Z",
+            "evaluations", "fit, s", "10,000 more draws, s"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for method in METHODS:
         records = methods.get(method)
         if not records:
             continue
         again = [r["reweighted"][figure] for r in records if "reweighted" in r]
+        more = {
+            "refined": [r["refined"][figure] for r in records if "refined" in r],
+            "nll": [r["nll"] for r in records if "nll" in r],
+        }
         lines.append(
             [
                 f"`{method}`",
                 str(len(records)),
                 spread([r["raw"][figure] for r in records]),
                 spread(again),
+                *(spread(more[kind]) for kind in optional),
                 spread([r["log_z_error"] for r in records]),
                 f"{sum(r['evaluations'] for r in records) / len(records):,.0f}",
                 f"{sum(r['fit_seconds'] for r in records) / len(records):.0f}",
@@ -66,27 +66,32 @@ def section(name: str, methods: dict[str, list[dict]]) -> str:
             ]
         )
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    aims = f"{figure}: a perfect sampler {floor}, aim {wanted}"
-    if not math.isnan(log_z):
-        aims += f"; log Z: aim {log_z}"
-    return f"## {name}\n\n{table}\n\n{aims}; {TASKS[name].n:,} draws."
+    aims = f"{figure}: a perfect sampler {task.floor}, aim {task.reach}"
+    if not math.isnan(task.reach_log_z):
+        aims += f"; log Z: aim {task.reach_log_z}"
+    if "nll" in optional:
+        aims += f"; nll, on exact draws: no law has less than {TASKS[name].make().entropy:.3f}"
+    costs = {r["refined"]["evaluations"] for r in all_records if "refined" in r}
+    if costs:
+        aims += f"; refined by {task.refine_steps} steps, {max(costs):,} further evaluations"
+    return f"## {name}\n\n{table}\n\n{aims}; {task.n:,} draws."
 
 
 def draw(found: dict[str, dict[str, list[dict]]]) -> None:
     """Every seed's figure, raw, over the floor."""
-    names = [name for name in FIGURES if name in found]
+    names = [name for name in TASKS if name in found]
     figure, axes = plt.subplots(
         1, len(names), figsize=(2.6 * len(names), 3.2), squeeze=False, layout="constrained"
     )
     for ax, name in zip(axes[0], names, strict=True):
-        kind, floor, wanted, _ = FIGURES[name]
+        task, kind = TASKS[name], TASKS[name].figure
         methods = [m for m in METHODS if m in found[name]]
         for i, method in enumerate(methods):
             values = [record["raw"][kind] for record in found[name][method]]
             colour = "C0" if method.startswith("rsm") else "0.4"
             ax.plot([i] * len(values), values, "o", color=colour, alpha=0.7)
-        ax.axhline(floor, color="0.7", linewidth=1)
-        ax.axhline(wanted, color="C2", linewidth=1, linestyle="--")
+        ax.axhline(task.floor, color="0.7", linewidth=1)
+        ax.axhline(task.reach, color="C2", linewidth=1, linestyle="--")
         ax.set_yscale("log")
         ax.set_xticks(range(len(methods)), methods, rotation=60, ha="right")
         ax.set_title(f"{name}\n{kind}", fontsize=9)
@@ -97,7 +102,7 @@ def draw(found: dict[str, dict[str, list[dict]]]) -> None:
 def main() -> None:
     """Write the page."""
     found = grouped()
-    sections = [section(name, found[name]) for name in FIGURES if name in found]
+    sections = [section(name, found[name]) for name in TASKS if name in found]
     if not sections:
         raise SystemExit("nothing measured yet: run boltzmann.py first")
     draw(found)
