@@ -19,6 +19,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,29 @@ TASKS = {
 
 
 class Record:
-    """The evaluations of a run so far, stored as they come."""
+    """The evaluations of a run so far, stored as they come.
 
-    def __init__(self, key: str, task: Task, file: str = "locomotion") -> None:
-        self.key, self.task, self.file = key, task, file
-        self.kept = load(file).get(key, {"evaluations": [], "seconds": 0.0})
+    Arguments:
+        key: Its name among the results.
+        task: What is run.
+        file: Where results go.
+        again: Whether the run begins anew, whatever is stored.
+        share: Its share in the time that passes.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        task: Task,
+        file: str = "locomotion",
+        *,
+        again: bool = False,
+        share: float = 1.0,
+    ) -> None:
+        self.key, self.task, self.file, self.share = key, task, file, share
+        self.kept: dict[str, Any] = {"evaluations": [], "seconds": 0.0}
+        if not again:
+            self.kept = load(file).get(key, self.kept)
         self.before, self.started = self.kept["seconds"], time.perf_counter()
 
     def add(self, step: int, mean: float, config: dict[str, Any], *, done: bool = False) -> bool:
@@ -92,7 +111,7 @@ class Record:
             "best": max(m for _, m in evaluations),
             "steps": step,
             "done": done or reached or step >= self.task.steps,
-            "seconds": self.before + time.perf_counter() - self.started,
+            "seconds": self.before + self.share * (time.perf_counter() - self.started),
             "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "config": config,
         }
@@ -104,7 +123,7 @@ class Record:
 def ours(
     agent: str,
     env: str,
-    seed: int,
+    seeds: Sequence[int],
     task: Task,
     folder: Path,
     changes: dict[str, Any],
@@ -113,26 +132,36 @@ def ours(
     preset: str = "corrected",
     file: str = "locomotion",
 ) -> None:
-    """A run of one of our agents, or the rest of it."""
+    """Runs of one of our agents, or the rest of them; those of several seeds are one process."""
     label = label or ",".join(f"{k}={v}" for k, v in changes.items())
-    key = " ".join(part for part in (agent, env, label) if part) + f"/{seed}"
-    if load(file).get(key, {}).get("done"):
+    name = " ".join(part for part in (agent, env, label) if part)
+    seeds = [seed for seed in seeds if not load(file).get(f"{name}/{seed}", {}).get("done")]
+    if not seeds:
         return
-    record, run_dir = Record(key, task, file), folder / key.replace("/", " ").replace(" ", "-")
-    if not run_dir.exists():  # begun elsewhere, and begun again here
-        record.before = 0.0
+    run_dir = str(folder / f"{name.replace('/', ' ').replace(' ', '-')}-{{seed}}")
+    records = {
+        seed: Record(
+            f"{name}/{seed}",
+            task,
+            file,
+            again=not Path(run_dir.format(seed=seed)).exists(),  # begun elsewhere, if at all
+            share=1 / len(seeds),
+        )
+        for seed in seeds
+    }
     config = {**task.sizes[agent], "discount": task.discount, "n_step": task.n_step, **changes}
-    rl.train(
+    rl.train_seeds(
         agent,
         env,
+        seeds=seeds,
+        batched=len(seeds) > 1,
         total_steps=task.steps,
-        seed=seed,
         config=preset,
         run_dir=run_dir,
         eval_every=task.every,
         checkpoint_every=task.every,
         progress=False,
-        callback=lambda progress: record.add(progress.step, progress.mean, config),
+        callback=lambda at: records[at.agent.seed].add(at.step, at.mean, config),
         **config,
     )
 
@@ -159,8 +188,7 @@ def foreign(env: str, seed: int, task: Task) -> None:
     key = f"sb3 {env}/{seed}"
     if load("locomotion").get(key, {}).get("done"):
         return
-    record = Record(key, task)
-    record.before = 0.0
+    record = Record(key, task, again=True)
     made = gymnasium.make(env)
     config = {"discount": task.discount, "learning_starts": 5000}
 
@@ -211,7 +239,7 @@ def main() -> None:
                 if agent == "sb3":
                     foreign(env, seed, task)
                 else:
-                    ours(agent, env, seed, task, arguments.runs, changes)
+                    ours(agent, env, [seed], task, arguments.runs, changes)
     print(f"{'':60}{'steps':>9}{'last':>10}{'best':>10}{'s':>8}")
     for key, record in load("locomotion").items():
         print(
