@@ -133,6 +133,35 @@ EXPERIMENTS = {
             Variant("sdac", "n_step=3", {"n_step": 3}),
         ),
     ),
+    "sharpness": Experiment(
+        "How few candidates may SDAC's weights be worth? The floor of its temperature.",
+        (
+            SDAC,
+            Variant("sdac", "min_ess=2", {"min_ess": 2.0}),
+            Variant("sdac", "min_ess=1.5", {"min_ess": 1.5}),
+            Variant("sdac", "K=64", {"num_draws": 64, "policy_states": 32}),
+        ),
+    ),
+    "acting": Experiment(
+        "How greedy to act: a draw of the policy, or the best of a few? And the critic's target?",
+        (
+            DPMD,
+            Variant("dpmd", "acts-best-of-8", {"behaviour_candidates": 8}),
+            Variant("dpmd", "both-best-of-4", {"behaviour_candidates": 4, "target_candidates": 4}),
+            SDAC,
+            Variant("sdac", "acts-best-of-8", {"behaviour_candidates": 8}),
+            Variant("sdac", "both-best-of-4", {"behaviour_candidates": 4, "target_candidates": 4}),
+        ),
+    ),
+    "period": Experiment(
+        "A policy step for every second update, or for each?",
+        (
+            DPMD,
+            Variant("dpmd", "every-update", {"policy_period": 1}),
+            SDAC,
+            Variant("sdac", "every-update", {"policy_period": 1}),
+        ),
+    ),
     "target": Experiment(
         "One action for the critic's target, or the best of 32?",
         (DPMD, Variant("dpmd", "best-of-32", {"target_candidates": 32})),
