@@ -7,8 +7,15 @@ Along :math:`x_\sigma = a + \sigma \epsilon`, de Bruijn's identity reads
           \frac{\mathbb E\, \| a - D(x_\sigma, \sigma) \|^2}{\sigma^2}\, d \log \sigma,
 
 taken over the T levels of the policy with actions that it drew. It is the entropy of actions with
-noise of the lowest level, averaged over states; a denoiser that is not exact makes it too large,
-never too small, but for the integral's trapezoids and a random error.
+noise of the lowest level, which is 0.09 for a cosine schedule of 20 steps, but 0.17 for 10 and
+0.34 for 5: wider than the actions may be. So the noise is taken off again, as it would be from
+normal actions, whose entropy powers add:
+
+.. math:: e^{2 H(a) / d_a} \le e^{2 H(x_{\sigma_1}) / d_a} - 2 \pi e\, \sigma_1^2 .
+
+Averaged over states, the right-hand side is never too small, but for the integral's trapezoids
+and a random error: neither other laws (entropy power inequality) nor a denoiser that is not exact
+make it so.
 """
 
 import math
@@ -20,6 +27,9 @@ from torch import Tensor, nn
 from rsm_sampler.transitions import forward_kernel
 
 __all__ = ["PolicyEntropy", "missing_entropy"]
+
+
+_LEAST = 1e-4  # entropy power that is told from none, in units of the noise's
 
 
 class PolicyEntropy:
@@ -68,7 +78,9 @@ class PolicyEntropy:
         x_t = forward_kernel(clean, self._sigma, generator=generator)
         denoised = denoiser(x_t, self._sigma, observation).clamp(-1.0, 1.0)
         error = (denoised - clean).square().sum(-1) / self._sigma.square()
-        return self._offset + (self._weight * error).sum() / action.shape[-1]
+        # In units of the noise's entropy power, which is what there is without an error.
+        power = torch.expm1(2 * (self._weight * error).sum() / action.shape[-1])
+        return self._offset + 0.5 * power.clamp(min=_LEAST).log()
 
 
 def missing_entropy(entropy: Tensor, target: float, ess: Tensor, floor: float) -> Tensor:

@@ -83,7 +83,8 @@ class QSMConfig(DiffusionConfig):
         reach: Standard deviation of the normal law about 0 that keeps candidates near the box.
         temperature: Lambda at the start, in units of scaled reward.
         temperature_rule: ``"entropy"`` tunes it, ``"fixed"`` does not.
-        target_entropy: Entropy per dimension that is tuned for, in nats.
+        target_entropy: Entropy per dimension that is tuned for, in nats; as in
+            :class:`~rl.sdac.SDACConfig`.
         temperature_lr: Rate of log lambda.
         min_ess: Effective number of candidates, averaged over the batch, below which lambda is
             raised however much entropy there is; at most half of K counts.
@@ -98,7 +99,7 @@ class QSMConfig(DiffusionConfig):
     reach: float = 0.8
     temperature: float = 1.0
     temperature_rule: TemperatureRule = "entropy"
-    target_entropy: float = -0.6
+    target_entropy: float = -0.9
     temperature_lr: float = 3e-3
     min_ess: float = 4.0
 

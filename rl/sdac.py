@@ -15,9 +15,9 @@ an energy :math:`E(a | s) = -Q(s, a)/\lambda` in the core's terms, and its loss 
 
 **Temperature.** By default :math:`\lambda` (in units of scaled reward) is tuned so that the policy
 keeps an entropy of ``target_entropy`` nats per dimension, measured by its own denoising error
-(:mod:`rl.entropy`) on the actions that the critic's target has drawn anyway: the entropy of
-actions with noise of the lowest level (0.09 for the cosine schedule), averaged over states. A step
-moves :math:`\log \lambda` by ``temperature_lr`` times the missing entropy per dimension, within 1.
+(:mod:`rl.entropy`) on the actions that the critic's target has drawn anyway, averaged over states.
+A step moves :math:`\log \lambda` by ``temperature_lr`` times the missing entropy per dimension,
+within 1.
 
 K candidates cannot make a policy sharper than they can tell: with the best of 32 uniform draws in
 six dimensions alone it keeps an entropy of 0.4 per dimension, whatever the temperature. So lambda
@@ -82,7 +82,7 @@ class SDACConfig(DiffusionConfig):
         temperature_rule: ``"entropy"`` tunes it, ``"fixed"`` does not, ``"kappa"`` ties it to the
             tuned noise as kappa / kappa_0.
         target_entropy: Entropy per dimension that is tuned for, in nats; the uniform law on
-            [-1, 1] has 0.69, a normal one of standard deviation 0.1 has -0.6.
+            [-1, 1] has 0.69, a normal one of standard deviation 0.1 has -0.88.
         temperature_lr: Rate of log lambda.
         min_ess: Effective number of candidates, averaged over the batch, below which lambda is
             raised however much entropy there is; at most half of K counts.
@@ -100,7 +100,7 @@ class SDACConfig(DiffusionConfig):
     proposal: ProposalName = "replay"
     temperature: float = 1.0
     temperature_rule: TemperatureRule = "entropy"
-    target_entropy: float = -0.6
+    target_entropy: float = -0.9
     temperature_lr: float = 3e-3
     min_ess: float = 4.0
     soft_target: bool = False

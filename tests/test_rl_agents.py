@@ -223,7 +223,7 @@ def test_sdac_ignores_a_constant_and_the_common_scale_of_value_and_temperature()
 
 @pytest.mark.parametrize(("num_steps", "size", "repeats"), [(20, 4000, 40), (400, 256, 600)])
 def test_entropy_of_a_known_policy(num_steps, size, repeats):
-    """Uniform actions whose denoiser is exact: log 2 per dimension, plus the lowest noise."""
+    """Uniform actions whose denoiser is exact: log 2 per dimension, and the lowest noise."""
     from scipy.integrate import quad
     from scipy.stats import norm
 
@@ -256,8 +256,35 @@ def test_entropy_of_a_known_policy(num_steps, size, repeats):
     exact = quad(integrand, -2, 2, limit=200)[0]
     assert num_steps > 20 or exact == pytest.approx(0.774, abs=0.001)
     assert np.std(entropies) / math.sqrt(repeats) < 0.01
+    noise = 2 * math.pi * math.e * sigma**2
+    exact = 0.5 * math.log(math.exp(2 * exact) - noise)  # above log 2: they are not normal
     # What is left are the trapezoids, of which the lowest is as wide as log 2.
     assert np.mean(entropies) == pytest.approx(exact, abs=0.05)
+
+
+@pytest.mark.parametrize("num_steps", [5, 10, 20])
+def test_entropy_of_normal_actions_has_no_noise_in_it(num_steps):
+    """However few the levels are: the lowest one is wider than these actions."""
+    std, size = 0.08, 20_000
+
+    class Normal(torch.nn.Module):
+        def forward(self, x, sigma, context):
+            return x * (std**2 / (std**2 + sigma.square())).unsqueeze(-1)
+
+    agent = in_double(
+        sdac(batch_size=size, replay_size=size, policy_states=1, num_steps=num_steps)
+    )
+    agent.policy.denoiser = Normal()
+    data, generator = batch(size, DOUBLE), rng(5)
+    entropies = []
+    for _ in range(20):
+        action = std * torch.randn(size, ACT, generator=generator, dtype=DOUBLE)
+        metrics = agent.after_policy_step(data, NextAction(action))
+        entropies.append(float(metrics["entropy_per_dim"]))
+    exact = 0.5 * math.log(2 * math.pi * math.e * std**2)
+    assert 5 * np.std(entropies) / math.sqrt(20) < 0.02
+    # What is left are the trapezoids, which lie above a convex integrand.
+    assert exact - 0.02 < np.mean(entropies) < exact + 0.2
 
 
 def test_temperature_rises_while_entropy_is_missing():

@@ -175,8 +175,9 @@ def test_langevin_actions_follow_their_recursion():
 def test_qsm_temperature_follows_the_entropy():
     for target, sign in ((5.0, 1), (-5.0, -1)):
         agent = make(QSM, double=False, target_entropy=target, temperature_lr=0.01, min_ess=1e-3)
-        agent.update(filled_replay())
-        assert sign * math.log(agent.temperature) == pytest.approx(0.01, rel=1e-6)
+        entropy = float(agent.update(filled_replay())["entropy_per_dim"])
+        assert sign * (target - entropy) > 1
+        assert math.log(agent.temperature) == pytest.approx(0.01 * sign, rel=1e-6)
 
 
 # --- DIPO ------------------------------------------------------------------------------
