@@ -49,6 +49,8 @@ SMALL: dict[str, dict[str, Any]] = {  # half as wide, for the smaller tasks
     "sdac": {**SIZES["sdac"], "width": 128, "policy_states": 64},
 }
 SHARP = {**SMALL, "sdac": {**SMALL["sdac"], "min_ess": 2.0}}  # where actions must be precise
+# SDAC keeps more of its entropy than helps on HalfCheetah: it acts by the best of eight draws.
+GREEDY = {**SIZES, "sdac": {**SHARP["sdac"], "behaviour_candidates": 8}}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ TASKS = {
     "InvertedDoublePendulum-v5": Task(50_000, 2500, goal=9300),
     "Reacher-v5": Task(60_000, 5000, goal=-5, discount=0.95),
     "Swimmer-v5": Task(100_000, 10_000, goal=100, discount=0.998, n_step=10),
-    "HalfCheetah-v5": Task(60_000, 5000, sizes=SIZES),
+    "HalfCheetah-v5": Task(60_000, 5000, sizes=GREEDY),
     "Hopper-v5": Task(100_000, 10_000, n_step=5, sizes=SHARP),
     "Walker2d-v5": Task(100_000, 10_000, n_step=3, sizes=SIZES),
 }
