@@ -151,6 +151,8 @@ EXPERIMENTS = {
             SDAC,
             Variant("sdac", "acts-best-of-8", {"behaviour_candidates": 8}),
             Variant("sdac", "both-best-of-4", {"behaviour_candidates": 4, "target_candidates": 4}),
+            Variant("sdac", "truncated", {"anchor_share": 0.0}, env=ANT),
+            Variant("sdac", "greedy", {"behaviour_candidates": 8, "min_ess": 2.0}, env=ANT),
         ),
     ),
     "period": Experiment(
