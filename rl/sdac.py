@@ -105,7 +105,7 @@ class SDACConfig(DiffusionConfig):
     temperature_rule: TemperatureRule = "entropy"
     target_entropy: float = -0.9
     temperature_lr: float = 3e-3
-    min_ess: float = 4.0
+    min_ess: float = 2.0
     soft_target: bool = False
     behaviour_candidates: int = 8
 

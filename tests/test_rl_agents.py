@@ -305,7 +305,7 @@ def test_temperature_rises_where_the_candidates_do_not_suffice():
         ess = float(metrics["q_weight_ess"]) * agent.config.num_draws
         assert (ess < agent.config.min_ess) == (sign > 0)
         step = math.log(agent.temperature) - before
-        assert sign * step == pytest.approx(0.01 * min(1, abs(math.log(4 / ess))), rel=1e-3)
+        assert sign * step == pytest.approx(0.01 * min(1, abs(math.log(2 / ess))), rel=1e-3)
 
 
 @pytest.mark.parametrize(

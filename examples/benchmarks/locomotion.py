@@ -49,6 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "proposal": "next",
         "anchor_share": 0.5,
         "behaviour_candidates": 1,
+        "min_ess": 4.0,
     },
 }
 SMALL: dict[str, dict[str, Any]] = {  # half as wide, for the smaller tasks
