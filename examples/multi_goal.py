@@ -87,6 +87,7 @@ options = {
     "width": 32 if smoke else 128,
     "eval_every": 0,
     "discount": 0.95,
+    "behaviour_candidates": 1,
 }
 sac = {  # the same of stable-baselines3
     "total_steps": steps,

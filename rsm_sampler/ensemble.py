@@ -125,7 +125,7 @@ class EnsembleMLP(nn.Module):
         given = tuple(piece.shape[-1] for piece in pieces)
         if given != self.inputs:
             raise ValueError(f"pieces must have lengths {self.inputs}, got {given}")
-        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        batch = _batch(pieces)
         rows = math.prod(batch)
         if (
             rows * self.members > _CHUNK
@@ -137,11 +137,10 @@ class EnsembleMLP(nn.Module):
             # What one layer writes the next one finds in the cache.
             size = max(1, _CHUNK * batch[0] // (rows * self.members))
             parts = zip(*(_split(piece, len(batch), size) for piece in pieces), strict=False)
-            return torch.cat([self._forward(part) for part in parts], 1)
-        return self._forward(pieces)
+            return torch.cat([self._forward(part, _batch(part)) for part in parts], 1)
+        return self._forward(pieces, batch)
 
-    def _forward(self, pieces: Sequence[Tensor]) -> Tensor:
-        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+    def _forward(self, pieces: Sequence[Tensor], batch: torch.Size) -> Tensor:
         if all(piece.shape == pieces[0].shape[:-1] + piece.shape[-1:] for piece in pieces):
             x = torch.cat(list(pieces), -1)
             flat = x.reshape(1, -1, x.shape[-1]).expand(self.members, -1, -1)
@@ -292,6 +291,14 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _LINEAR(each, w, b, "none", [], "") for each, w, b in zip(x, weight, biases, strict=True)
     ]
     return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+
+
+def _batch(pieces: Sequence[Tensor]) -> torch.Size:
+    """The batch shape that all pieces make together."""
+    first, *others = (piece.shape[:-1] for piece in pieces)
+    if all(shape == first for shape in others):  # mostly; and much faster
+        return first
+    return torch.broadcast_shapes(first, *others)
 
 
 def _split(piece: Tensor, batch_dims: int, size: int) -> Iterable[Tensor]:

@@ -34,7 +34,7 @@ SIZES = {
 }
 SMALL = {**SIZES, "width": 64, "depth": 2}
 AGENTS = {
-    "sdac": SIZES,
+    "sdac": {**SIZES, "behaviour_candidates": 1, "min_ess": 4.0},
     "dpmd": SIZES,
     "qsm": SMALL,
     "dipo": SMALL,

@@ -42,7 +42,15 @@ SHORT: dict[str, Any] = {
 CHAIN: dict[str, Any] = {"num_steps": 5}
 SIZES: dict[str, dict[str, Any]] = {
     "dpmd": {**SHORT, **CHAIN, "policy_states": 32},
-    "sdac": {**SHORT, **CHAIN, "num_draws": 32, "proposal": "next", "anchor_share": 0.5},
+    "sdac": {
+        **SHORT,
+        **CHAIN,
+        "num_draws": 32,
+        "proposal": "next",
+        "anchor_share": 0.5,
+        "behaviour_candidates": 1,
+        "min_ess": 4.0,
+    },
 }
 SMALL: dict[str, dict[str, Any]] = {  # half as wide, for the smaller tasks
     "dpmd": {**SIZES["dpmd"], "width": 128, "policy_states": 16},
