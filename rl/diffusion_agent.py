@@ -44,6 +44,7 @@ PUBLISHED: dict[str, Any] = {
     "count_warmup": False,
     "policy_lr_final": 3e-5,
     "target_period": 2,
+    "critic_layer_norm": False,
     "prediction": "noise",
     "start_scale": 0.5,
     "behaviour_candidates": 32,

@@ -77,6 +77,7 @@ class DPMDConfig(DiffusionConfig):
         temperature_is_kappa: Whether lambda is the tuned kappa, as published.
         terminal_states: Whether actions are drawn at terminal states too, as published.
         noise: As in the base class; by default a little, since a tilted policy only narrows.
+        critic_layer_norm: As in the base class; on by default.
     """
 
     draws_per_state: int = 16
@@ -93,6 +94,7 @@ class DPMDConfig(DiffusionConfig):
     temperature_is_kappa: bool = False
     terminal_states: bool = False
     noise: float = 0.1
+    critic_layer_norm: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant; see the base class."""
@@ -142,6 +144,7 @@ class DPMDConfig(DiffusionConfig):
         return {
             "corrected": {},
             "printed": {
+                "critic_layer_norm": False,
                 "draws_per_state": 1,
                 "target_kl": None,
                 "temperature": 1.0,

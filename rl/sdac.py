@@ -92,6 +92,7 @@ class SDACConfig(DiffusionConfig):
         behaviour_candidates: As in the base class; more than one by default, because a policy
             that K candidates can teach is broader than is good to act by. With 1, ``predict``
             and the run draw from the policy itself.
+        critic_layer_norm: As in the base class; on by default.
     """
 
     num_draws: int = 64
@@ -108,6 +109,7 @@ class SDACConfig(DiffusionConfig):
     min_ess: float = 2.0
     soft_target: bool = False
     behaviour_candidates: int = 8
+    critic_layer_norm: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant; see the base class."""
