@@ -6,7 +6,7 @@ python examples/benchmarks/ablations_page.py
 import math
 
 import numpy as np
-from ablations import ANT, CHEETAH, EXPERIMENTS, TASK, Experiment, Variant
+from ablations import ANT, CHEETAH, DPMD, EXPERIMENTS, SDAC, TASK, Experiment, Variant
 from agents_page import machine, table
 from locomotion_pages import spread
 from results import FOLDER, load
@@ -80,6 +80,11 @@ def name(variant: Variant) -> str:
     return f"{variant.agent.upper()} {variant.label}{where}"
 
 
+def compared(experiment: Experiment) -> bool:
+    """Whether there is more than what the agents are without a change."""
+    return any(records(v) for v in experiment.variants if v not in (DPMD, SDAC))
+
+
 def rows(experiment: Experiment) -> list[list[str]]:
     """One row for each variant that was measured."""
     lines = []
@@ -106,11 +111,7 @@ def rows(experiment: Experiment) -> list[list[str]]:
 
 def figure() -> str:
     """Curves of experiments with runs to compare: seeds thin, means thick; how a page shows it."""
-    measured = {
-        title: e
-        for title, e in EXPERIMENTS.items()
-        if sum(map(bool, map(records, e.variants))) > 1
-    }
+    measured = {title: e for title, e in EXPERIMENTS.items() if compared(e)}
     if not measured:
         return ""
     columns = min(3, len(measured))
@@ -147,7 +148,7 @@ def section(title: str, experiment: Experiment) -> str:
         "last, mean ± std",
         "min",
     ]
-    lines = rows(experiment)
+    lines = rows(experiment) if compared(experiment) else []
     body = table(head, lines) if lines else "Not measured yet."
     finding = FINDINGS.get(title, "")
     return f"## {experiment.question}\n\n{body}\n" + (f"\n{finding}\n" if finding else "")
