@@ -88,6 +88,7 @@ options = {
     "eval_every": 0,
     "discount": 0.95,
     "behaviour_candidates": 1,
+    "critic_layer_norm": False,
 }
 sac = {  # the same of stable-baselines3
     "total_steps": steps,

@@ -43,6 +43,12 @@ One seed so far: from half of the noise learning is slower at first (724 instead
 One seed so far. At these rates of learning (critics at 1e-3, slow copies at 0.02) DPMD does not
 learn without it: 441 instead of 2939; SDAC learns later (236 instead of 704 after 10,000 steps,
 1492 instead of 1798 after 15,000) and ends level. On by default for both.""",
+    "target": """\
+One seed so far: slower at first (1809 instead of 2684 after 15,000 steps) and a little higher at
+the end, at more than four times the time of a run. A single draw stays the default.""",
+    "rates": """\
+One seed so far: at the usual rates DPMD ends at 1875 instead of 2939. They stay the default all
+the same, for the longer runs with fewer updates for each step that the default is for.""",
     "acting": """\
 One seed so far. SDAC gains half again by acting by the best of eight draws, and less where the
 critic's target is a best of four as well; DPMD, whose policy is sharp by itself, loses a little.
