@@ -50,11 +50,12 @@ the end, at more than four times the time of a run. A single draw stays the defa
 One seed so far: at the usual rates DPMD ends at 1875 instead of 2939. They stay the default all
 the same, for the longer runs with fewer updates for each step that the default is for.""",
     "acting": """\
-One seed so far. SDAC gains half again by acting by the best of eight draws, and less where the
+One seed so far. SDAC ends half again higher where the best of eight draws acts, and less where the
 critic's target is a best of four as well; DPMD, whose policy is sharp by itself, loses a little.
 By default SDAC acts by the best of eight, DPMD by one draw. Over 60,000 steps and three seeds,
 eight draws, a floor of two candidates and networks half as wide gave SDAC 4568, 4014 and 4081,
-where single draws, a floor of four and 2 x 256 had given 4190, 4083 and 4087, at twice the time
+where single draws, a floor of four and 2 x 256 had given 4190, 4083 and 4087, at twice the time:
+level in return, so that the default rests on one seed
 ([results](results_sdac.md)).""",
     "returns": """\
 One seed so far: with returns of three steps both end lower here, DPMD at 2195 and SDAC at 1879.
