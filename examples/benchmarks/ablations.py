@@ -191,8 +191,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    together = [arguments.seeds] if arguments.together else [[seed] for seed in arguments.seeds]
-    for seeds in together:
+    groups = [arguments.seeds] if arguments.together else [[seed] for seed in arguments.seeds]
+    for seeds in groups:
         for each in variants(arguments.experiments):
             if arguments.labels is not None and each.label not in arguments.labels:
                 continue

@@ -28,6 +28,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def fitted(
         trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients)
         sampler = trainer.fit(progress=sys.stderr.isatty())
     elif method == "ddpm-exact":
-        sampler = ddpm(*arguments, samples=exact(target, 16_384, seed), **given)
+        sampler = ddpm(*arguments, samples=reference(target, 16_384, seed=seed).float(), **given)
     else:
         given |= {"evaluations": budget(target.name, seed), "scale": task.start}
         if method == "ddpm-mcmc":
@@ -92,14 +93,6 @@ def fitted(
     return sampler, record
 
 
-def exact(target: Any, n: int, seed: int) -> Tensor:
-    """Draws to learn from: exact ones, or the reference where there are none."""
-    try:
-        return target.sample(n, generator=torch.Generator().manual_seed(seed))
-    except NotImplementedError:
-        return reference(target, n).float()
-
-
 def budget(name: str, seed: int) -> int:
     """Evaluations of the trained samplers of this seed: the larger number."""
     records = load("boltzmann")
@@ -113,21 +106,19 @@ def budget(name: str, seed: int) -> int:
     return max(spent)
 
 
-def coordinates_of(target: Any) -> Coordinates:
-    """Where chains run: particles have no place of their own."""
+def inner(target: Any) -> tuple[Callable[[Tensor], Tensor], Coordinates]:
+    """The energy where chains run, and its coordinates: particles have no place of their own."""
     particles = getattr(target, "particles", None)
-    free = Bounds(-math.inf, math.inf, target.dim)
-    return free if particles is None else MeanFree(*particles)
+    inside: Coordinates = Bounds(-math.inf, math.inf, target.dim)
+    if particles is not None:
+        inside = MeanFree(*particles)
+    return lambda u: target.energy(inside.forward(u)[0]), inside
 
 
 def plain(task: Task, target: Any, method: str, seed: int, n: int) -> tuple[Any, float]:
     """Chains with the same number of evaluations, and the seconds they took."""
     generator = torch.Generator().manual_seed(seed)
-    evaluations, inside = budget(target.name, seed), coordinates_of(target)
-
-    def energy(u: Tensor) -> Tensor:
-        return target.energy(inside.forward(u)[0])
-
+    evaluations, (energy, inside) = budget(target.name, seed), inner(target)
     chains = {"pt": 32, "hmc": 64}.get(method, 128)
     if hasattr(target, "scattered"):
         x_0 = inside.inverse(target.scattered(chains, generator=generator))
@@ -168,11 +159,11 @@ def annealed(
     """States of annealed Langevin chains (kept, chains, dim), evaluations and seconds."""
     steps = budget(target.name, seed) // (2 * chains) - 1
     keep = min(math.ceil(n / chains), steps // 2)
+    energy, inside = inner(target)
     started = time.perf_counter()
     sampler = langevin(
-        target.energy,
-        target.dim,
-        particles=getattr(target, "particles", None),
+        energy,
+        inside.reduced,
         num_steps=steps,
         keep=keep,
         scale=task.start,
@@ -180,7 +171,7 @@ def annealed(
         seed=seed,
         dtype=torch.float64,
     )
-    x = sampler.sample(keep * chains).view(keep, chains, target.dim)
+    x = inside.forward(sampler.sample(keep * chains))[0].view(keep, chains, target.dim)
     return x, sum(sampler.counts.values()), time.perf_counter() - started
 
 
@@ -261,9 +252,9 @@ def refined(
     task: Task, target: Any, x: Tensor, method: str, generator: torch.Generator
 ) -> dict[str, float]:
     """The figure after short Metropolis chains from raw draws, and what they cost."""
-    inside = coordinates_of(target)
+    energy, inside = inner(target)
     moved = refine(
-        lambda u: target.energy(inside.forward(u)[0]),
+        energy,
         inside.inverse(x.double()),
         steps=task.refine_steps,
         method="mala" if task.differentiable and method != "rsm-values" else "rw",

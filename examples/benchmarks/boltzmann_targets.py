@@ -1,10 +1,11 @@
 """The targets of boltzmann.py: how each is made, what is measured, and against what.
 
 Where there are no exact draws, the reference is the end of long Metropolis-adjusted chains from
-independent starts, made once with a fixed seed and kept in the system's folder of temporary files.
+independent starts, made once for each seed and kept in the system's folder of temporary files.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,20 +65,18 @@ class Task:
 # ---------------------------------------------------------------------- references
 
 
-def reference(target: Any, n: int) -> Tensor:
-    """Draws of the target: exact ones, or ends of long chains."""
+def reference(target: Any, n: int, *, seed: int = _SEED) -> Tensor:
+    """Draws of the target, (n, dim), float64: exact ones, or ends of long chains."""
+    generator = torch.Generator().manual_seed(seed)
     try:
-        return target.sample(
-            n, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64
-        )
+        return target.sample(n, generator=generator, dtype=torch.float64)
     except NotImplementedError:
         pass
-    path = Path(tempfile.gettempdir()) / f"rsm_sampler_reference_{target.name}_{n}.pt"
+    path = Path(tempfile.gettempdir()) / f"rsm_sampler_{target.name}_{n}_{seed}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    # Other numbers of draws are other draws: training on one set does not see the other.
-    found = target.reference(n, generator=torch.Generator().manual_seed(_SEED + n))
-    partial = path.with_suffix(f".{torch.randint(10**9, ()).item()}")
+    found = target.reference(n, generator=generator)
+    partial = path.with_suffix(f".{os.getpid()}")  # several processes may be at it
     torch.save(found, partial)
     partial.replace(path)
     return found
