@@ -87,7 +87,6 @@ options = {
     "width": 32 if smoke else 128,
     "eval_every": 0,
     "discount": 0.95,
-    "behaviour_candidates": 1,
     "critic_layer_norm": False,
 }
 sac = {  # the same of stable-baselines3

@@ -89,9 +89,6 @@ class SDACConfig(DiffusionConfig):
         soft_target: Whether the target subtracts lambda times the log-probability of its action,
             estimated by the density of the exploration noise. Off, because that is the same number
             for every state: a bonus or penalty for staying alive and nothing else.
-        behaviour_candidates: As in the base class; more than one by default, because a policy
-            that K candidates can teach is broader than is good to act by. With 1, ``predict``
-            and the run draw from the policy itself.
         critic_layer_norm: As in the base class; on by default.
     """
 
@@ -108,7 +105,6 @@ class SDACConfig(DiffusionConfig):
     temperature_lr: float = 3e-3
     min_ess: float = 2.0
     soft_target: bool = False
-    behaviour_candidates: int = 8
     critic_layer_norm: bool = True
 
     def __post_init__(self) -> None:

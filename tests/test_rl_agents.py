@@ -776,7 +776,7 @@ def test_persistent_actions_follow_the_policy_and_each_other(noise):
     of 4,000, has a false alarm of 6e-4 in each of 6 cases. Random numbers that correlate by 0.9
     give actions that do: above 0.5, where independent ones stay below 0.08 (five standard errors).
     """
-    n, options = 4000, {"noise": noise, "num_steps": 4, "behaviour_candidates": 1}
+    n, options = 4000, {"noise": noise, "num_steps": 4}
     observation = np.tile(np.float32([[0.3, -1.0, 2.0]]), (n, 1))
     plain, slow = sdac(**options), sdac(persistence=0.9, **options)
     first, second, third = (slow.act(observation).copy() for _ in range(3))

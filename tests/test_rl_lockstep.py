@@ -102,7 +102,7 @@ def test_twenty_updates_equal_those_of_each_seed_alone(agent, preset, changes):
     assert differ.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("changes", [{}, {"persistence": 0.7, "behaviour_candidates": 1}])
+@pytest.mark.parametrize("changes", [{}, {"persistence": 0.7}])
 def test_acting_together_equals_acting_alone(changes):
     """Up to rounding, and from the same random numbers."""
     config = rl.SDACConfig(**SMALL, **changes)

@@ -57,7 +57,6 @@ def acting(agent):
 
 
 OFFICIAL = {"config": "official", "kappa_period": 10, "normalise_observations": True}
-PERSISTENT = {"persistence": 0.8, "behaviour_candidates": 1}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ PERSISTENT = {"persistence": 0.8, "behaviour_candidates": 1}
         ("dpmd", "Pendulum-v1", OFFICIAL),
         ("dpmd", "Pendulum-v1", {"old_policy_period": 7, "critic_layer_norm": True}),
         ("sdac", "Pendulum-v1", {"anchor_share": 0.5, "proposal": "next", "chain": "multistep"}),
-        ("sdac", "Pendulum-v1", {**PERSISTENT, "num_envs": 2, "updates_per_step": 0.5}),
+        ("sdac", "Pendulum-v1", {"persistence": 0.8, "num_envs": 2, "updates_per_step": 0.5}),
         ("dppo", "Pendulum-v1", {"rollout_steps": 64, "num_envs": 2}),
         ("dpmd", "Pendulum-v1", {"n_step": 7, "num_envs": 3, "updates_per_step": 1.0}),
     ],
@@ -506,7 +505,7 @@ def test_a_replay_that_does_not_fit_is_announced(monkeypatch):
 
 
 BANDIT = {
-    "sdac": {"num_draws": 32, "target_entropy": 0.0, "behaviour_candidates": 1},
+    "sdac": {"num_draws": 32, "target_entropy": 0.0},
     "dpmd": {"noise": 0.05, "target_kl": 0.8},
     "qsm": {"target_entropy": 0.0},
     "dipo": {"noise": 0.05},

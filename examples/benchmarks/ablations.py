@@ -162,6 +162,9 @@ EXPERIMENTS = {
             Variant("dpmd", "every-update", {"policy_period": 1}),
             SDAC,
             Variant("sdac", "every-update", {"policy_period": 1}),
+            Variant("sdac", "min_ess=2", {"min_ess": 2.0}),
+            Variant("sdac", "sharp-every-update", {"policy_period": 1, "min_ess": 2.0}),
+            Variant("sdac", "sharp-fast", {"policy_lr": 1e-3, "min_ess": 2.0}),
         ),
     ),
     "target": Experiment(

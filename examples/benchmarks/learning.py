@@ -6,11 +6,10 @@
 One update per environment step, the default configuration but for the few fields of ``SIZES``
 (faster critics than the paper's, for short runs) and, of the agents beside SDAC and DPMD, half the
 width and a hidden layer less, and 20 evaluation episodes every 1,000 steps on environments of
-their own. SDAC's and DPMD's critics are plain, and SDAC acts by single draws. A run stops after
-two evaluations in a row that reach the goal, or at its limit of steps; each writes its evaluations
-to docs/results/learning.json. SAC, TD3 and PPO of stable-baselines3 are the yardsticks beside
-them. PPO and DPPO learn from each step for a short while only: they have 300,000 steps and are
-evaluated every 10,000.
+their own. SDAC's and DPMD's critics are plain. A run stops after two evaluations in a row that
+reach the goal, or at its limit of steps; evaluations go to docs/results/learning.json. SAC, TD3
+and PPO of stable-baselines3 are the yardsticks beside them. PPO and DPPO learn from each step for
+a short while only: they have 300,000 steps and are evaluated every 10,000.
 """
 
 import argparse
@@ -36,7 +35,7 @@ SIZES = {
 PLAIN = {**SIZES, "critic_layer_norm": False}
 SMALL = {**SIZES, "width": 64, "depth": 2}
 AGENTS = {
-    "sdac": {**PLAIN, "behaviour_candidates": 1, "min_ess": 4.0},
+    "sdac": {**PLAIN, "min_ess": 4.0},
     "dpmd": PLAIN,
     "qsm": SMALL,
     "dipo": SMALL,

@@ -48,7 +48,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_draws": 32,
         "proposal": "next",
         "anchor_share": 0.5,
-        "behaviour_candidates": 1,
         "min_ess": 4.0,
     },
 }
@@ -57,8 +56,8 @@ SMALL: dict[str, dict[str, Any]] = {  # half as wide, for the smaller tasks
     "sdac": {**SIZES["sdac"], "width": 128, "policy_states": 64},
 }
 SHARP = {**SMALL, "sdac": {**SMALL["sdac"], "min_ess": 2.0}}  # where actions must be precise
-# SDAC keeps more of its entropy than helps on HalfCheetah: it acts by the best of eight draws.
-GREEDY = {**SIZES, "sdac": {**SHARP["sdac"], "behaviour_candidates": 8}}
+# SDAC's policy lags behind fast critics at the usual rate.
+QUICK = {**SIZES, "sdac": {**SHARP["sdac"], "policy_lr": 1e-3}}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ TASKS = {
     "InvertedDoublePendulum-v5": Task(50_000, 2500, goal=9300),
     "Reacher-v5": Task(60_000, 5000, goal=-5, discount=0.95),
     "Swimmer-v5": Task(100_000, 10_000, goal=100, discount=0.998, n_step=10),
-    "HalfCheetah-v5": Task(60_000, 5000, sizes=GREEDY),
+    "HalfCheetah-v5": Task(60_000, 5000, sizes=QUICK),
     "Hopper-v5": Task(100_000, 10_000, n_step=5, sizes=SHARP),
     "Walker2d-v5": Task(100_000, 10_000, n_step=3, sizes=SIZES),
 }
