@@ -68,7 +68,8 @@ the second costs nothing. The default rates of both are equal already (3e-4)."""
 The fewer candidates the weights may be worth, the sharper the policy and the higher the return.
 With a floor of 2 of 32 instead of 4 each of three seeds ends higher, 2555 ± 190 in the mean
 instead of 2253 ± 75 (t = 2.6); 1.5 is one seed. With 4 the floor and not the entropy decides
-throughout: after 20,000 steps the policy is still nearly as broad as the box. The default is 2.""",
+throughout: after 20,000 steps the policy is still nearly as broad as the box. The default is 2.
+""",
 }
 
 
@@ -160,7 +161,7 @@ def section(title: str, experiment: Experiment) -> str:
     ]
     lines = rows(experiment) if compared(experiment) else []
     body = table(head, lines) if lines else "Not measured yet."
-    finding = FINDINGS.get(title, "")
+    finding = FINDINGS.get(title, "").strip()
     return f"## {experiment.question}\n\n{body}\n" + (f"\n{finding}\n" if finding else "")
 
 
