@@ -23,6 +23,7 @@ References:
     | https://arxiv.org/abs/2102.09844
 """
 
+import itertools
 import math
 
 import torch
@@ -35,6 +36,7 @@ from rsm_sampler.transforms import MeanFree
 __all__ = ["EGNN"]
 
 _REACH = 8.0  # of the radial functions, in units of the scaled points
+_CACHED = 160_000  # numbers in the messages of a piece, on a CPU: they stay in its second cache
 
 
 class EGNN(nn.Module):
@@ -99,9 +101,18 @@ class EGNN(nn.Module):
         Returns:
             The output, with the shape of x.
         """
+        level = nn.functional.silu(self.embedding(embedded_level(log_sigma))).unsqueeze(-2)
+        each = self.pairs.shape[1] * level.shape[-1] * math.prod(x.shape[1:-1])
+        piece = max(1, _CACHED // max(1, each))
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 2 or len(x) <= piece:
+            return self._displaced(x, level)
+        levels = level.split(piece) if len(level) == len(x) else itertools.repeat(level)
+        pairs = zip(x.split(piece), levels, strict=False)
+        return torch.cat([self._displaced(*pair) for pair in pairs])
+
+    def _displaced(self, x: Tensor, level: Tensor) -> Tensor:
         flat, _ = self.inside.forward(x)
         points = flat.unflatten(-1, (self.num_particles, self.space_dim))
-        level = nn.functional.silu(self.embedding(embedded_level(log_sigma))).unsqueeze(-2)
         features = level.expand(*x.shape[:-1], self.num_particles, -1)
         moved = points
         for messages in self.rounds:

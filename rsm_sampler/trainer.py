@@ -247,7 +247,8 @@ class EnergyDiffusionTrainer:
                 self.scale = float(diagonal.log().mean().exp()) if scale is None else scale
         self.average.load_state_dict(self.denoiser.state_dict())
         self.average.requires_grad_(False)
-        self._shared = self.team.denoiser(self.denoiser)
+        network = torch.compile(self.denoiser) if self.config.compile else self.denoiser
+        self._shared = self.team.denoiser(network)
         self.optimiser = torch.optim.Adam(
             self.denoiser.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99)
         )
@@ -649,7 +650,7 @@ class EnergyDiffusionTrainer:
     def state(self) -> dict[str, Any]:
         """Tensors and plain values of an exact continuation."""
         return {
-            "config": asdict(self.config),
+            "config": _deciding(self.config),
             "architecture": self.architecture,
             "seed": self.seed,
             "loss": self.loss,
@@ -677,7 +678,7 @@ class EnergyDiffusionTrainer:
             CheckpointError: If the state is of a trainer with other settings.
         """
         mine = {
-            "config": asdict(self.config),
+            "config": _deciding(self.config),
             "architecture": self.architecture,
             "seed": self.seed,
             "loss": self.loss,
@@ -703,6 +704,11 @@ class EnergyDiffusionTrainer:
         self.history = [dict(record) for record in state["history"]]
         self.step, self.step_in_cycle = state["step"], state["step_in_cycle"]
         self.cycle, self.seconds = state["cycle"], state["seconds"]
+
+
+def _deciding(config: TrainerConfig) -> dict[str, Any]:
+    """What decides the result, up to rounding."""
+    return {name: value for name, value in asdict(config).items() if name != "compile"}
 
 
 def _numbers(tensors: dict[str, Tensor]) -> dict[str, list[float]]:

@@ -45,6 +45,8 @@ class TrainerConfig:
         num_draws: K of loss (14).
         reference_scale: Scale of the Gaussian reference of loss (14)'s kernel, in the target's
             widths.
+        compile: Whether the network is compiled for training (:func:`torch.compile`): steps of
+            particles take half the time, but the first one a minute. It needs a C++ compiler.
     """
 
     search_evaluations: int = 120_000
@@ -69,6 +71,7 @@ class TrainerConfig:
     harmonics: int | None = None
     num_draws: int = 128
     reference_scale: float = 2.5
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in (

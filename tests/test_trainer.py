@@ -1,6 +1,7 @@
 """The trainer: end to end in small, to the bit where that is promised, and its error messages."""
 
 import math
+import shutil
 import traceback
 
 import pytest
@@ -644,6 +645,22 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     torch.testing.assert_close(
         refined.x.unflatten(-1, (3, 2)).mean(1), torch.zeros(64, 2), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch
+def test_a_compiled_network_learns_the_same(tmp_path):
+    """Up to rounding; and a checkpoint may be gone on with either way."""
+    found, path = {}, tmp_path / "run.pt"
+    for compiled in (False, True):
+        config = tiny(max_cycles=1, steps_per_cycle=20, compile=compiled)
+        trainer = EnergyDiffusionTrainer(two_modes(), 2, seed=3, config=config)
+        found[compiled] = fit(trainer, checkpoint_path=path)
+        if not compiled:
+            path.rename(tmp_path / "eager.pt")
+    torch.testing.assert_close(weights(found[True]), weights(found[False]), atol=1e-4, rtol=0)
+    again = EnergyDiffusionTrainer(two_modes(), 2, seed=3, config=config)
+    same(fit(again, checkpoint_path=tmp_path / "eager.pt"), found[False])
 
 
 def test_an_energy_may_know_its_particles_itself():
