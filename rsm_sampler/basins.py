@@ -5,8 +5,9 @@ dimensions: draws are independent and their weights exact, however far apart the
 is more than any population of chains can promise, so it is tried first. A basin that no descent
 ends in is missing, and the weights do not show it.
 
-1. **Scouts** start far and wide and go downhill, along gradients with Barzilai and Borwein's
-   steps. A narrow basin beside a wide one is not seen from afar.
+1. **Scouts** start far and wide and go downhill by L-BFGS. A narrow basin beside a wide one is
+   not seen from afar. Later ones start between the basins found so far, and where coordinates of
+   two of them cross.
 2. **Basins.** Scouts belong together if the energy half-way between them is not above the lower
    of the two. If most scouts are alone, there are too many modes for this: it ends here.
 3. **Components.** The curvature at the bottom of each basin gives it a covariance and a share
@@ -19,6 +20,9 @@ ends in is missing, and the weights do not show it.
 References:
     | Adaptive importance sampling in general mixture classes (Cappé et al., 2008)
     | https://doi.org/10.1007/s11222-008-9059-x
+
+    | On the limited memory BFGS method for large scale optimization (Liu and Nocedal, 1989)
+    | https://doi.org/10.1007/BF01589116
 """
 
 import math
@@ -43,6 +47,7 @@ _SNAPSHOTS = 12  # of the walks within basins
 _SLACK = 1.0  # nats that a descent may have left
 _DESCENT = 100  # steps downhill, at most
 _MEMORY = 5  # energies that a step may not exceed
+_PAIRS = 8  # of steps and changes of slope, from which a curvature is learned
 _AT_REST = 1e-3  # nats in a step
 _SMALL = 1e-3  # differences of gradients, in units of the broad law's widths
 _WIDEST = 4.0  # standard deviations of a component, in those units
@@ -88,7 +93,9 @@ def mixture_of_basins(
         more = min(_MORE, _ALL - len(x), int((evaluations // 2 - finder.spent) / each))
         if more < 1:
             break
-        again, its_energy = finder.scouts(finder.between(x, label, more))
+        half = more // 2
+        start = finder.between(x, label, more - half), finder.crossed(x, energy, label, half)
+        again, its_energy = finder.scouts(torch.cat(start))
         x, energy = torch.cat([x, again]), torch.cat([energy, its_energy])
         label = finder.basins(x, energy)
     number = int(label.amax()) + 1
@@ -175,34 +182,55 @@ class _Basins:
         start = StudentT(rest.mean(0), scale.diag(), _TAIL)
         return start.sample(number, self.generator)
 
+    def crossed(self, x: Tensor, energy: Tensor, label: Tensor, number: int) -> Tensor:
+        """Some coordinates of one basin's bottom, the rest of another's.
+
+        Where wells in several coordinates are independent, that is the bottom of a third basin.
+        """
+        inside = torch.nn.functional.one_hot(label).mT.bool()
+        rest = x[torch.where(inside, energy, torch.inf).argmin(-1)]
+        first, second = torch.randint(
+            len(rest), (2, number), generator=self.generator, device=x.device
+        )
+        mask = torch.rand(number, x.shape[1], generator=self.generator, device=x.device) < 0.5
+        return torch.where(mask, rest[first], rest[second])
+
     def scouts(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Ends of descents from given points, where they came to rest."""
+        """Ends of descents from given points: those that came to rest, if there are enough.
+
+        Steps of L-BFGS in the broad law's metric; each scout stops by itself.
+        """
         tril, x = self.broad.scale_tril, start
         energy = self.evaluate(x)
         x, energy = x[energy.isfinite()], energy[energy.isfinite()]
-        slope = self._slope(x) @ tril  # in the broad law's metric
-        length = 0.01 / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        rested = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        active = torch.arange(len(x), device=x.device)
+        slope = self._slope(x) @ tril
         before = energy.expand(_MEMORY, -1).clone()
+        shorter = torch.ones_like(energy)
+        steps, changes = (x.new_zeros((_PAIRS, *x.shape)) for _ in range(2))
         for i in range(_DESCENT):
-            trial = x - (length * slope) @ tril.mT
-            trial_energy = self.evaluate(trial)
-            # These steps are fast because they may climb now and then: below one of the last few.
-            down = (trial_energy <= before.amax(0)) & trial_energy.isfinite()
-            new_slope = self._slope(trial) @ tril
-            step = -length * slope
-            change = new_slope - slope
-            curvature = (step * change).sum(-1, keepdim=True)
-            ratio = step.square().sum(-1, keepdim=True) / curvature
-            # No convexity along the step: go further next time.
-            ratio = torch.where(curvature > 0, ratio, 2 * length).nan_to_num(0.0, 0.0, 0.0)
-            length = torch.where(down[:, None], ratio, 0.25 * length)
-            at_rest = bool(((trial_energy - energy).abs() < _AT_REST).all())
-            x = torch.where(down[:, None], trial, x)
-            slope = torch.where(down[:, None], new_slope, slope)
-            energy = torch.where(down, trial_energy, energy)
-            before[i % _MEMORY] = energy
-            if at_rest:
+            if len(active) == 0:
                 break
+            step = shorter[:, None] * _quasi_newton(slope, steps, changes)
+            trial = x[active] + step @ tril.mT
+            trial_energy = self.evaluate(trial)
+            # They are fast because they may climb now and then: below one of the last few.
+            down = (trial_energy <= before.amax(0)) & trial_energy.isfinite()
+            still = down & ((trial_energy - before[(i - 1) % _MEMORY]).abs() < _AT_REST)
+            x[active] = torch.where(down[:, None], trial, x[active])
+            energy[active] = torch.where(down, trial_energy, energy[active])
+            rested[active[still]] = True
+            new_slope = torch.where(down[:, None], self._slope(trial) @ tril, slope)
+            shorter = torch.where(down, 1.0, 0.25 * shorter)
+            # A rejected step leaves no pair: of length zero it is passed over.
+            steps = torch.cat([steps[1:], torch.where(down[:, None], step, 0.0)[None]])
+            changes = torch.cat([changes[1:], (new_slope - slope)[None]])
+            before[i % _MEMORY] = energy[active]
+            active, slope, before = active[~still], new_slope[~still], before[:, ~still]
+            shorter, steps, changes = shorter[~still], steps[:, ~still], changes[:, ~still]
+        if int(rested.sum()) >= _FEWEST:
+            x, energy = x[rested], energy[rested]
         return x, energy
 
     def basins(self, x: Tensor, energy: Tensor) -> Tensor:
@@ -320,6 +348,27 @@ class _Basins:
         weight = torch.softmax(-beta * work, 0)
         by_component = weight[:, None] * torch.softmax(of_components, -1)
         return self._fitted(x, by_component, before=mixture), float(effective)
+
+
+def _quasi_newton(slope: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
+    """Directions (n, dim) of L-BFGS from the last steps and changes of slope, (pairs, n, dim)."""
+    curvature = (steps * changes).sum(-1, keepdim=True)
+    rho = torch.where(curvature > 0, 1 / curvature, 0.0)  # no convexity, no pair
+    direction, kept = -slope, []
+    for i in reversed(range(len(steps))):
+        a = rho[i] * (steps[i] * direction).sum(-1, keepdim=True)
+        direction = direction - a * changes[i]
+        kept.append(a)
+    # Without a pair the first step is short, whatever the slope.
+    scale = 0.01 / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    for i in range(len(steps)):
+        square = changes[i].square().sum(-1, keepdim=True)
+        scale = torch.where(curvature[i] > 0, curvature[i] / square, scale)
+    direction = scale * direction
+    for i, a in enumerate(reversed(kept)):
+        b = rho[i] * (changes[i] * direction).sum(-1, keepdim=True)
+        direction = direction + (a - b) * steps[i]
+    return direction
 
 
 def _spread(label: Tensor, number: int) -> Tensor:

@@ -13,8 +13,8 @@ are known exactly at every step:
    the broad Student-t, which guards against what the kernels missed. Four rounds.
 3. **Bank.** Many draws of the last proposal with :math:`\log w = -E(x) - \log q(x)`: weighted
    samples of the target, an estimate of log Z, and the training data of loss (13).
-4. **Basins.** In more dimensions a mixture with a component for each basin of the energy is tried
-   for the bank (:mod:`rsm_sampler.basins`).
+4. **Basins.** In more dimensions, or where kernels fail, a mixture with a component for each basin
+   of the energy is tried for the bank (:mod:`rsm_sampler.basins`).
 5. **Chains.** Where no bank would be worth its evaluations, a population walks from the last
    Student-t to the target (:mod:`rsm_sampler.sequential`). It gives equally weighted, dependent
    samples.
@@ -119,7 +119,7 @@ def search(
     if draw_context is not None:
         return finder.bank(finder.density(found, beta, proposal, share=0.3), bank_size, rows)
     left = chain_evaluations or evaluations - finder.spent + bank_size
-    if slope is not None and dim > FEW_DIMENSIONS:
+    if slope is not None:
         before = finder.spent
         mixture = finder.basins(proposal, slope, slope_cost, left // 3)
         if mixture is not None:
@@ -378,7 +378,9 @@ class _Finder:
             return None
         x = mixture.sample(tried, self.generator)
         found, _ = self._evaluated(x, mixture.log_prob(x), 1)
-        return mixture if float(found.ess(1.0)) >= 0.02 * tried else None
+        # In few dimensions chains do better than a mixture that only half fits.
+        least = 0.1 if self.dim <= FEW_DIMENSIONS else 0.02
+        return mixture if float(found.ess(1.0)) >= least * tried else None
 
     def chains(self, proposal: StudentT, evaluations: int) -> Bank:
         """Stage 5: a population that walks from the proposal to the target."""

@@ -272,9 +272,13 @@ class Supply:
 
     def _slope(self) -> tuple[Slope | None, int]:
         """Gradients in unbounded coordinates, for the search, and what one costs."""
-        dim, by_values = self.coordinates.reduced, self.gradients == "differences"
-        if dim <= FEW_DIMENSIONS or self.gradients == "none" or self.contexts is not None:
+        dim = self.coordinates.reduced
+        if self.gradients == "none" or self.contexts is not None:
             return None, 0
+        few = dim <= FEW_DIMENSIONS
+        if few and isinstance(self.coordinates, MeanFree):  # what turns freely has no basins
+            return None, 0
+        by_values = self.gradients == "differences" or (few and self.gradients == "auto")
         if not by_values:
             x = self.coordinates.forward(torch.zeros(2, dim, device=self.generator.device))[0]
             by_values = not differentiable(self.energy, x, "search")

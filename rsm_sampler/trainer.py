@@ -476,8 +476,9 @@ class EnergyDiffusionTrainer:
         """Let the sampler's own draws be the bank of the next cycle, if there is one."""
         if self.cycle + 1 >= cycles or self.converged or self.loss == "reverse-sampling":
             return
-        if self.coordinates.reduced <= EXACT_DENSITY or not self.history:
-            return
+        few = self.coordinates.reduced <= EXACT_DENSITY
+        if not self.history or (few and isinstance(self.coordinates, MeanFree)):
+            return  # densities of so many draws of a particle network take too long
         sampler = self.sampler()
         sampler.generator.manual_seed(self.seed + 6101 * (self.cycle + 2))
         self.supply.renew(sampler, self.history[-1]["ess"], 2 * self._check_size(), report)
