@@ -7,7 +7,7 @@ import torch
 
 import energies
 from rsm_sampler.bank import Bank
-from rsm_sampler.basins import _Basins, mixture_of_basins
+from rsm_sampler.basins import _Basins, _quasi_newton, mixture_of_basins
 from rsm_sampler.densities import Mixture, StudentT, density_from_state
 from rsm_sampler.energy import MeteredEnergy
 
@@ -103,6 +103,48 @@ def test_descents_come_to_rest_in_curved_valleys():
     x, value = finder.scouts(finder.anywhere(32))
     assert float(value.quantile(0.9)) < 0.2
     assert int(finder.basins(x, value).bincount().amax()) >= 29
+
+
+def test_steps_of_l_bfgs_solve_a_quadratic():
+    """With as many conjugate pairs as dimensions the direction is Newton's."""
+    dim, generator = 5, rng(3)
+    root = torch.randn(2, dim, dim, generator=generator, dtype=DOUBLE)
+    hessian = root @ root.mT + torch.eye(dim, dtype=DOUBLE)
+    _, axes = torch.linalg.eigh(hessian)
+    steps = axes.movedim(-1, 0)  # (pairs, n, dim): conjugate, as those of exact line searches
+    changes = (hessian @ steps[..., None])[..., 0]
+    slope = torch.randn(2, dim, generator=generator, dtype=DOUBLE)
+    newton = -torch.linalg.solve(hessian, slope)
+    torch.testing.assert_close(_quasi_newton(slope, steps, changes), newton)
+    # Pairs without convexity, or of rejected steps, are passed over.
+    useless = torch.cat([steps, -steps[:1], 0 * steps[:1]])
+    more = torch.cat([changes, changes[:1], changes[:1]])
+    torch.testing.assert_close(_quasi_newton(slope, useless, more), newton)
+
+
+@pytest.mark.parametrize("dim", [5, 60])
+def test_all_of_32_wells_are_found(dim):
+    """By draws of the mixture: each has 1/32 of 20,000, 625 +- 25; none is below half of it."""
+    target = energies.SymmetricManyWell(dim)
+    mixture, spent, _ = find(target, dim, 2.0, 200_000)
+    assert spent <= 200_000
+    x = mixture.sample(20_000, rng(1))
+    weight = torch.softmax(-target(x) - mixture.log_prob(x), 0)
+    share = weight @ target.responsibilities(x).double()
+    assert float(1 / weight.square().sum()) > 0.1 * len(x)
+    assert float(share.amin()) > 0.5 / 32
+
+
+def test_what_crosses_two_basins_has_the_coordinates_of_either():
+    target = energies.SymmetricManyWell(8, wells=2)
+    finder = _Basins(target, slope_of(target), 2, broad(8, 2.0), rng())
+    rest = torch.zeros(2, 8, dtype=DOUBLE)
+    rest[:, :2] = torch.tensor([[2.0, 2.0], [-2.0, -2.0]])
+    x = torch.cat([rest, rest + 0.1])
+    start = finder.crossed(x, target(x), torch.tensor([0, 1, 0, 1]), 100)
+    assert bool(((start == rest[0]) | (start == rest[1])).all())
+    signs = {tuple(row) for row in start[:, :2].sign().int().tolist()}
+    assert signs == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5])
