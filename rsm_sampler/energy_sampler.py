@@ -39,6 +39,7 @@ ContextLike = (
 )
 Method = Literal["heun", "ddim", "ancestral", "multistep", "langevin"]
 _KIND, _VERSION = "sampler", 2
+_CHUNK = 4096  # draws worked on at a time: bounds the memory and suits the cache
 _SAMPLERS: dict[str, type[Sampler]] = {
     "heun": Heun,
     "ddim": DDIM,
@@ -198,7 +199,7 @@ class EnergySampler:
         method: Method = "heun",
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
-        chunk: int = 4096,
+        chunk: int = _CHUNK,
     ) -> Float[Tensor, "n dim"]:
         """Independent draws, raw: neither reweighted nor refined.
 
@@ -256,33 +257,52 @@ class EnergySampler:
         *,
         energy: MeteredEnergy | None = None,
         context: ContextLike = None,
+        paths: bool | None = None,
+        num_steps: int | None = None,
         purpose: str = "diagnosis",
         generator: torch.Generator | None = None,
     ) -> WeightedDraws:
         """Draws with exact importance weights.
 
-        Up to 16 dimensions from the ODE sampler and its density, beyond that from the ancestral
-        one and its path weights, which cost no derivatives but vary more.
+        By the ODE sampler and its density, or by the ancestral one and its path weights, which
+        cost no derivatives but vary more where steps are few.
+
+        Arguments:
+            n: Number of draws.
+            energy: The energy; the sampler's own if None.
+            context: One context for all draws, or one for each.
+            paths: Whether weights are those of paths; beyond 16 dimensions if None.
+            num_steps: Number of noise levels; the sampler's if None, four times that for paths.
+            purpose: The energy's account.
+            generator: Source of randomness; the sampler's own if None.
         """
         energy = self._energy(energy)
-        if self.coordinates.reduced <= EXACT_DENSITY:
-            x, log_prob = self.sample_with_log_prob(n, context=context, generator=generator)
+        if not (self.coordinates.reduced > EXACT_DENSITY if paths is None else paths):
+            x, log_prob = self.sample_with_log_prob(
+                n, context=context, num_steps=num_steps, generator=generator
+            )
             value = energy(x, self._context(n, context), purpose=purpose)
             return WeightedDraws(x, -value - log_prob, value, log_prob)
         full = self._context(n, context)
-        chain = self.process("ancestral", 4 * self.num_steps)
+        chain = self.process("ancestral", num_steps or 4 * self.num_steps)
         assert isinstance(chain, Ancestral)
-        kept: list[tuple[Tensor, Tensor]] = []
+        generator = self.generator if generator is None else generator
+        ends: list[tuple[Tensor, Tensor]] = []
 
         def in_z(z: Tensor, c: Tensor | None = None) -> Tensor:
             x, log_det = self._to_x(z)
             value = energy(x, c, purpose=purpose)
-            kept.append((x, value))
+            ends.append((x, value))
             return value - log_det
 
-        generator = self.generator if generator is None else generator
-        _, log_weight = chain.sample_with_path_weight(n, in_z, context=full, generator=generator)
-        x, value = kept[0]
+        kept = []
+        for i in range(0, n, _CHUNK):
+            piece = None if full is None else full[i : i + _CHUNK]
+            _, log_weight = chain.sample_with_path_weight(
+                min(_CHUNK, n - i), in_z, context=piece, generator=generator
+            )
+            kept.append((*ends.pop(), log_weight))
+        x, value, log_weight = map(torch.cat, zip(*kept, strict=True))
         return WeightedDraws(x, log_weight, value, None)
 
     def refine(

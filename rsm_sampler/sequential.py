@@ -11,6 +11,8 @@ learn their shape from the particles: one half of the population is moved at a t
 * a random walk with the population's covariance, in steps of very different lengths;
 * **differences** of two particles of the other half, in a few coordinates, shortened;
 * the same at full length: jumps from well to well;
+* **dilations** of all coordinates but one about their middle, while that one moves by a
+  difference;
 * **exchange** of some coordinates between two particles, which leaves every coordinate's own
   law alone and shuffles how they go together.
 
@@ -43,7 +45,8 @@ from rsm_sampler.resampling import cumulative_weight, stratified_indices
 
 __all__ = ["Visited", "next_beta", "sequential_monte_carlo"]
 
-_WALK, _EXCHANGE, _JUMP = 0.1, 0.2, 0.4  # shares of the moves; the rest are short differences
+_WALK, _JUMP = 0.1, 0.4  # shares of the moves by differences; the rest are short ones
+_EXCHANGE, _DILATE = 0.2, 0.3  # shares of the other moves
 _KEPT_ESS = 0.6  # of the population, in a step of beta
 
 
@@ -146,6 +149,7 @@ class _Population:
         self.energy, self.log_q = self._values(self.x)
         self.beta, self.log_z, self.stages = 0.0, 0.0, 0
         self.walk = self.short = 1.0
+        self.dilation = torch.full_like(self.x[0], 0.5)
         self._settle()
 
     def _values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,13 +182,15 @@ class _Population:
 
     def sweep(self) -> float:
         """One move of every particle; returns the share of accepted ones."""
-        if float(torch.rand((), **self.like)) < _EXCHANGE:
+        kind = float(torch.rand((), **self.like))
+        if kind < _EXCHANGE:
             return self._exchange()
+        move = self._dilations if kind < _EXCHANGE + _DILATE else self._differences
         half = len(self.x) // 2
         rates = []
         for moved in (slice(0, half), slice(half, 2 * half)):
             other = self.x[half:] if moved.start == 0 else self.x[:half]
-            rates.append(self._differences(moved, other))
+            rates.append(move(moved, other))
         return sum(rates) / 2
 
     def _differences(self, moved: slice, other: Tensor) -> float:
@@ -203,18 +209,46 @@ class _Population:
         jitter = 1e-3 * self.scale_tril.diagonal() * torch.randn(n, dim, **self.like)
         difference = torch.where(jump, 1.0, short) * (other[first] - other[second]) + jitter
         trial = x + torch.where(kind < _WALK, walk, chosen * difference)
-        energy, log_q = self._values(trial)
-        gain = self._log_density(energy, log_q) - self._log_density(
-            self.energy[moved], self.log_q[moved]
-        )
-        accept = torch.rand(n, **self.like).log() < gain
-        self.x[moved] = torch.where(accept[:, None], trial, x)
-        self.energy[moved] = torch.where(accept, energy, self.energy[moved])
-        self.log_q[moved] = torch.where(accept, log_q, self.log_q[moved])
+        accept = self._decided(moved, trial, torch.zeros_like(x[:, 0]))
         kind = kind.squeeze(-1)
         self.walk = _adapted(self.walk, accept[kind < _WALK], 0.25)
         self.short = _adapted(self.short, accept[kind >= _WALK + _JUMP], 0.35)
         return float(accept.double().mean())
+
+    def _dilations(self, moved: slice, other: Tensor) -> float:
+        """One coordinate moves by a difference, the rest towards or from their middle.
+
+        Where a coordinate is the scale of others, all must change together. Which one that is
+        shows in how far its dilations may reach; the farther, the more often it is chosen.
+        """
+        x = self.x[moved]
+        n, dim = x.shape
+        first = torch.randint(n, (n,), generator=self.generator, device=x.device)
+        one = torch.multinomial(
+            self.dilation.square(), n, replacement=True, generator=self.generator
+        )
+        chosen = torch.nn.functional.one_hot(one, dim).to(x)
+        length = 1.7 * 10 ** -torch.rand(n, 1, **self.like)
+        difference = length * (other[first] - other[first.roll(1)])
+        log_factor = (self.dilation[one] * torch.randn(n, **self.like)).unsqueeze(-1)
+        middle = other.mean(0)
+        dilated = middle + log_factor.exp() * (x - middle)
+        trial = torch.where(chosen > 0, x + difference, dilated)
+        accept = self._decided(moved, trial, (log_factor * (1 - chosen)).sum(-1))
+        gain = chosen.mT @ (accept.to(x) - 0.15) / chosen.sum(0).clamp(min=1)
+        self.dilation = (self.dilation * (0.3 * gain).exp()).clamp(1e-3, 2.0)
+        return float(accept.double().mean())
+
+    def _decided(self, moved: slice, trial: Tensor, log_volume: Tensor) -> Tensor:
+        """Metropolis's rule, for a map that changes volumes by that much; who was accepted."""
+        energy, log_q = self._values(trial)
+        gain = log_volume + self._log_density(energy, log_q)
+        gain = gain - self._log_density(self.energy[moved], self.log_q[moved])
+        accept = torch.rand(len(trial), **self.like).log() < gain
+        self.x[moved] = torch.where(accept[:, None], trial, self.x[moved])
+        self.energy[moved] = torch.where(accept, energy, self.energy[moved])
+        self.log_q[moved] = torch.where(accept, log_q, self.log_q[moved])
+        return accept
 
     def _some_coordinates(self, n: int, dim: int) -> tuple[Tensor, Tensor]:
         """Masks (n, dim) of a few coordinates each, mostly one, and how many they are, (n, 1)."""

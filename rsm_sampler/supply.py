@@ -26,6 +26,7 @@ from rsm_sampler.gradients import (
     differentiable,
     virial_holds,
 )
+from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.search import FEW_DIMENSIONS, search
 from rsm_sampler.trainer_config import TrainerConfig
@@ -37,6 +38,7 @@ Report = Callable[[str], None]
 _POINTS = 16_384  # of equal weight, in a renewed bank
 _LEAST_EFFECTIVE = 3000  # draws that may renew a bank
 _LEAST_HELPED = 512  # points with gradients
+_RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
 
 
 class Batch(NamedTuple):
@@ -119,6 +121,9 @@ class Supply:
             bank_size = min(bank_size, free - evaluations)
             chains = min(chains, (free - evaluations) // 2)  # as much for gradients and rounds
         slope, cost = self._slope()
+        relaxing = 0
+        if isinstance(self.coordinates, MeanFree) and self.coordinates.reduced > FEW_DIMENSIONS:
+            relaxing = int(_RELAXING * chains)
         rows = 1
         if self.contexts is not None:
             rows = min(self.config.bank_contexts, max(1, bank_size // 128))
@@ -127,7 +132,7 @@ class Supply:
             self.coordinates.reduced,
             evaluations=evaluations,
             bank_size=bank_size,
-            chain_evaluations=chains,
+            chain_evaluations=chains - relaxing,
             slope=slope,
             slope_cost=cost,
             generator=self.generator,
@@ -138,7 +143,36 @@ class Supply:
             check=self.energy.check,
             report=lambda text: report(f"search: {text}"),
         )
+        if relaxing and bank.method == "chains":
+            report("search: particles come to rest")
+            bank = self._relaxed(bank, relaxing)
         self.adopt(self._helped(bank, reserve, report))
+
+    def _relaxed(self, bank: Bank, evaluations: int) -> Bank:
+        """Where the last of some chains of particles lead by single steps.
+
+        Differences of two configurations, by which a population moves, say little to particles.
+        """
+        start = bank.points[0][-2 * _WALKERS :]
+        order = torch.randperm(len(start), generator=self.generator, device=start.device)
+        start = start[order[:_WALKERS]]
+        x = self.coordinates.forward(start[:2])[0].float()
+        works = self.gradients not in {"none", "differences"}
+        works = works and differentiable(self.energy, x, "search")
+        before = self.energy.evaluations
+        walked = run_mcmc(
+            self._value,
+            start,
+            method="mala" if works else "rw",
+            evaluations=evaluations,
+            num_samples=_POINTS,
+            warm_up=0.4,
+            generator=self.generator,
+        )
+        # The meter saw values; a gradient counts as one more.
+        seen = self.energy.evaluations - before
+        self.energy.counts["search"] += walked.evaluations - seen
+        return Bank.of_samples(walked.samples, method="chains", log_z=bank.log_z)
 
     def adopt(self, bank: Bank) -> None:
         """Make a bank the source of batches."""
@@ -200,18 +234,30 @@ class Supply:
             reserve: Evaluations of the budget to leave.
             report: Receives the name of the phase.
         """
-        bank, draws = self.bank, self.config.round_draws
+        bank, draws, points = self.bank, self.config.round_draws, _POINTS
         if bank is None or bank.method not in {"chains", "paths"}:
             return False
+        few = self.coordinates.reduced <= FEW_DIMENSIONS
+        if few:  # no gradients help: more points do
+            draws, points = 4 * draws, 4 * points
         if self.energy.remaining is not None:
             draws = min(draws, (self.energy.remaining - reserve) // 2)
-        if not ess * draws >= _LEAST_EFFECTIVE:
+        # Paths of twice as many steps are worth several times what densities or a check say.
+        if not ess * draws >= (0.1 if few else 1) * _LEAST_EFFECTIVE:
             return False
         report("renewed bank")
-        found = sampler.weighted_draws(draws, energy=self.energy, purpose="rounds")
+        found = sampler.weighted_draws(
+            draws,
+            energy=self.energy,
+            paths=True,
+            num_steps=8 * sampler.num_steps,
+            purpose="rounds",
+        )
+        if not found.ess >= _LEAST_EFFECTIVE:
+            return False
         log_weight = found.log_weight.double()
         index = stratified_indices(
-            cumulative_weight(found.x, log_weight), min(_POINTS, draws), self.generator
+            cumulative_weight(found.x, log_weight), min(points, draws), self.generator
         )
         index = index[torch.randperm(len(index), generator=self.generator, device=index.device)]
         renewed = Bank.of_samples(

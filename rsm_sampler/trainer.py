@@ -60,7 +60,7 @@ from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
 __all__ = ["EnergyDiffusionTrainer", "Progress"]
 
-_KIND, _VERSION = "trainer", 3
+_KIND, _VERSION = "trainer", 4
 _LEAST_BUDGET = 500
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
 
@@ -247,7 +247,7 @@ class EnergyDiffusionTrainer:
                 self.scale = float(diagonal.log().mean().exp()) if scale is None else scale
         self.average.load_state_dict(self.denoiser.state_dict())
         self.average.requires_grad_(False)
-        network = torch.compile(self.denoiser) if self.config.compile else self.denoiser
+        network: Any = torch.compile(self.denoiser) if self.config.compile else self.denoiser
         self._shared = self.team.denoiser(network)
         self.optimiser = torch.optim.Adam(
             self.denoiser.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.99)
@@ -262,6 +262,7 @@ class EnergyDiffusionTrainer:
         )
         self.history: list[dict[str, float]] = []
         self.step = self.step_in_cycle = self.cycle = 0
+        self._first_step = 0  # with the present bank
         self.seconds = 0.0
         self._levels = self.config.noise_levels().to(self.device)
 
@@ -366,9 +367,10 @@ class EnergyDiffusionTrainer:
                 if self._train_cycle(bar, started, callback, logger):
                     self._save(path)
                     break
+                whole = self.step_in_cycle >= self._length()  # the budget did not end it early
                 self._check(logger, started)
                 self._renew(cycles, bar.set_description_str)
-                if self.step_in_cycle >= self._length():  # not where the budget ended it early
+                if whole:
                     self.cycle, self.step_in_cycle = self.cycle + 1, 0
                 self._save(path)
         except KeyboardInterrupt:
@@ -400,7 +402,7 @@ class EnergyDiffusionTrainer:
         if self.loss == "reverse-sampling" or self.bank is None:
             return length
         most = max(500, int(self.config.max_epochs * self.bank.ess / self.config.batch_size))
-        return max(0, min(length, most - self.step + self.step_in_cycle))
+        return max(0, min(length, most - self.step + self.step_in_cycle + self._first_step))
 
     def _exhausted(self) -> bool:
         """Whether the budget has no room for a step of loss (14) and a check."""
@@ -481,7 +483,8 @@ class EnergyDiffusionTrainer:
             return  # densities of so many draws of a particle network take too long
         sampler = self.sampler()
         sampler.generator.manual_seed(self.seed + 6101 * (self.cycle + 2))
-        self.supply.renew(sampler, self.history[-1]["ess"], 2 * self._check_size(), report)
+        if self.supply.renew(sampler, self.history[-1]["ess"], 2 * self._check_size(), report):
+            self._first_step = self.step
 
     # ---------------------------------------------------------------- training
 
@@ -668,6 +671,7 @@ class EnergyDiffusionTrainer:
             "history": self.history,
             "step": self.step,
             "step_in_cycle": self.step_in_cycle,
+            "first_step": self._first_step,
             "cycle": self.cycle,
             "seconds": self.seconds,
         }
@@ -705,6 +709,7 @@ class EnergyDiffusionTrainer:
         self.history = [dict(record) for record in state["history"]]
         self.step, self.step_in_cycle = state["step"], state["step_in_cycle"]
         self.cycle, self.seconds = state["cycle"], state["seconds"]
+        self._first_step = state["first_step"]
 
 
 def _deciding(config: TrainerConfig) -> dict[str, Any]:

@@ -207,6 +207,19 @@ def test_many_dimensions_use_path_weights():
     torch.testing.assert_close(draws.energy, target(draws.x))
 
 
+def test_few_dimensions_may_use_path_weights_in_pieces(monkeypatch):
+    """Another law than the target: weights average to Z = 1 within 5 standard errors, 6e-7."""
+    monkeypatch.setattr("rsm_sampler.energy_sampler._CHUNK", 1000)
+    target = GaussianMixture(torch.zeros(1, 2), 1.0)
+    sampler = exact_sampler(target, GaussianMixture(torch.tensor([[0.3, 0.0]]), 1.2))
+    draws = sampler.weighted_draws(8500, paths=True, num_steps=100, generator=rng())
+    assert draws.log_prob is None and draws.x.shape == (8500, 2)
+    weight = draws.log_weight.double().exp()
+    se = float(weight.std()) / math.sqrt(8500)
+    assert abs(float(weight.mean()) - 1) <= 5 * se < 0.1
+    torch.testing.assert_close(draws.energy, target(draws.x))
+
+
 def test_resampled_draws_have_the_targets_law():
     """A mean moved by 0.5 comes back; resampling by weight, KS with the band of the ESS."""
     target = GaussianMixture(torch.zeros(1, 1), 1.0)

@@ -5,7 +5,8 @@ r"""Hard energies: many dimensions, many modes, particles; and what plain chains
     python examples/benchmarks/boltzmann_page.py                   # docs/boltzmann.md
 
 Methods:
-* ``rsm``: the trainer with its defaults; gradients by autograd at the points of the bank;
+* ``rsm``: the trainer with its defaults, but for Lennard-Jones clusters (``PAIRS`` in
+  boltzmann_targets.py); gradients by autograd at the points of the bank;
 * ``rsm-values``: the same from energy values alone (``gradients="differences"``);
 * ``rw``, ``hmc``, ``pt``: random-walk Metropolis, Hamiltonian Monte Carlo and parallel tempering
   with random-walk moves, with as many evaluations as the dearer of these two took;
@@ -18,7 +19,8 @@ Methods:
 
 Raw draws of the final model are measured, and apart from them reweighted ones and, of particles,
 refined ones: ends of short Metropolis chains from raw draws, whose evaluations are counted apart.
-Evaluations are those of the fit, warm start included; log Z takes 32,768 more. Every result is
+Evaluations are those of the fit, warm start included; log Z takes 32,768 more (Lennard-Jones
+clusters 1,024). Every result is
 written to docs/results/boltzmann.json at once. The targets are those of boltzmann_targets.py.
 """
 
@@ -37,7 +39,7 @@ from boltzmann_targets import TASKS, Task, reference
 from results import load, store
 from torch import Tensor
 
-from rsm_sampler import EnergyDiffusionTrainer, EnergySampler
+from rsm_sampler import EnergyDiffusionTrainer, EnergySampler, TrainerConfig
 from rsm_sampler.baselines import (
     FABConfig,
     FlowSampler,
@@ -56,7 +58,6 @@ METHODS = (
     "rsm", "rsm-values", "rw", "hmc", "pt", "langevin", "ddpm-mcmc", "ddpm-exact", "idem", "fab"
 )  # fmt: skip
 DIFFERENTIATING = {"hmc", "langevin", "idem", "fab"}  # they need autograd
-LOG_Z_DRAWS = 32_768
 IDEM = IDEMConfig(num_draws=64, batch_size=32, updates=8)
 FAB = FABConfig(levels=2, updates=8)
 
@@ -72,7 +73,8 @@ def fitted(
     sampler: EnergySampler | FlowSampler
     if method in {"rsm", "rsm-values"}:
         gradients = {"gradients": "differences"} if method == "rsm-values" else {}
-        trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients)
+        config = TrainerConfig(**task.config)
+        trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients, config=config)
         sampler = trainer.fit(progress=sys.stderr.isatty())
     elif method == "ddpm-exact":
         sampler = ddpm(*arguments, samples=reference(target, 16_384, seed=seed).float(), **given)
@@ -226,11 +228,12 @@ def measure(name: str, method: str, seed: int) -> dict[str, Any]:
     record["draws"] = task.n
     record["raw"] = task.measure(target, x[: task.n])
     meter = MeteredEnergy(target.energy, target.dim)
-    draws = sampler.weighted_draws(LOG_Z_DRAWS, energy=meter, generator=generator)
+    count = task.log_z_draws
+    draws = sampler.weighted_draws(count, energy=meter, generator=generator)
     log_weight = draws.log_weight.double()
-    record |= error_of(float(torch.logsumexp(log_weight, 0)) - math.log(LOG_Z_DRAWS), target)
-    record["ess"] = draws.ess / LOG_Z_DRAWS
-    record["log_z_se"] = math.sqrt(max(0.0, 1 / draws.ess - 1 / LOG_Z_DRAWS))
+    record |= error_of(float(torch.logsumexp(log_weight, 0)) - math.log(count), target)
+    record["ess"] = draws.ess / count
+    record["log_z_se"] = math.sqrt(max(0.0, 1 / draws.ess - 1 / count))
     record["log_z_evaluations"] = meter.evaluations
     index = stratified_indices(cumulative_weight(draws.x, log_weight), task.n, generator)
     index = index[torch.randperm(task.n, generator=generator)]

@@ -118,10 +118,10 @@ Made by `python examples/benchmarks/boltzmann_page.py` from the results of `pyth
 examples/benchmarks/boltzmann.py`, whose module page says what each method is. Means of absolute
 values over seeds, with the range; raw draws of the final model, and reweighted ones apart.
 Evaluations are those of the fit, warm start included, a gradient counting as one more than its
-value; log Z of a trained sampler takes 32,768 more, by the weights of its paths (up to 16
-dimensions: by its density). Plain chains have the evaluations of the trained samplers. Their
-10,000 further independent draws are counted by the spread of the chains' means in the
-coordinates that they are slow in; such a count cannot see what all chains miss.
+value; log Z of a trained sampler takes 32,768 more (Lennard-Jones clusters 1,024), by the weights
+of its paths (up to 16 dimensions: by its density). Plain chains have the evaluations of the
+trained samplers. Their 10,000 further independent draws are counted by the spread of the chains'
+means in the coordinates that they are slow in; such a count cannot see what all chains miss.
 
 ![Figures of all seeds](figures/boltzmann.png)
 

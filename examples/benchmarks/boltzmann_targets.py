@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Task:
         floor: What a perfect sampler scores.
         reach: What is to be reached.
         reach_log_z: Likewise, of the error of log Z.
+        config: What the trainer's configuration has instead of its defaults.
+        log_z_draws: Draws whose weights give log Z and the reweighted figure.
         refine_steps: Steps of the Metropolis chains that refine raw draws; 0 where the figure is
             one that short chains cannot move, such as the weights of modes.
     """
@@ -59,6 +61,8 @@ class Task:
     floor: float = 0.0
     reach: float = math.nan
     reach_log_z: float = math.nan
+    config: dict[str, Any] = field(default_factory=dict)
+    log_z_draws: int = 32_768
     refine_steps: int = 0
 
 
@@ -189,6 +193,16 @@ def _posterior(make: Callable[[], Any], floor: float, **options: Any) -> Task:
     )
 
 
+# A step of many pairs is dear and no path is worth much: smaller batches, one long cycle.
+PAIRS: dict[str, Any] = {
+    "config": {"batch_size": 256, "steps_per_cycle": 24_000, "max_cycles": 1, "check_draws": 256,
+               "compile": True},
+    "log_z_draws": 1024,
+    "detail": 0.02,
+    "refine_steps": 300,
+}  # fmt: skip
+
+
 TASKS: dict[str, Task] = {
     "many-well-32": Task(
         lambda: energies.get("many-well-32"),
@@ -223,8 +237,8 @@ TASKS: dict[str, Task] = {
         reach=0.10,
     ),
     "dw4": _cluster("dw4", 1000, 0.14, 0.20, seeds=3, start=2.0, refine_steps=100),
-    "lj13": _cluster("lj13", 2000, 0.44, 2.0, seeds=3, start=1.0, detail=0.02, refine_steps=300),
-    "lj55": _cluster("lj55", 1000, 1.0, 28.0, seeds=1, start=1.7, detail=0.02, refine_steps=300),
+    "lj13": _cluster("lj13", 2000, 0.44, 2.0, seeds=3, start=1.0, **PAIRS),
+    "lj55": _cluster("lj55", 1000, 1.0, 28.0, seeds=1, start=1.7, **PAIRS),
     # The worst of d means over n draws is off by about sqrt(2 log(2 d) / n).
     "breast-cancer": _posterior(lambda: energies.get("breast-cancer"), 0.029, start=1.0),
     "hare-lynx": _posterior(HareLynx, 0.024, start=1.0, differentiable=False),

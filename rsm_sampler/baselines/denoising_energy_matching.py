@@ -317,23 +317,24 @@ class IDEMSampler(EnergySampler):
         *,
         energy: MeteredEnergy | None = None,
         context: ContextLike = None,
+        paths: bool | None = None,
+        num_steps: int | None = None,
         purpose: str = "diagnosis",
         generator: torch.Generator | None = None,
     ) -> WeightedDraws:
-        """Draws of the chain with the exact weights of their paths; there is no context."""
-        meter, chain = self._energy(energy), self.process("ancestral")
-        assert isinstance(chain, Ancestral) and context is None
-        kept: list[tuple[Tensor, Tensor]] = []
+        """Weighted draws, of the chain's paths unless ``paths`` is False.
 
-        def in_z(z: Tensor) -> Tensor:
-            x, log_det = self._to_x(z)
-            kept.append((x, meter(x, purpose=purpose)))
-            return kept[0][1] - log_det
-
-        generator = self.generator if generator is None else generator
-        _, log_weight = chain.sample_with_path_weight(n, in_z, generator=generator)
-        x, value = kept[0]
-        return WeightedDraws(x, log_weight, value, None)
+        See :meth:`~rsm_sampler.energy_sampler.EnergySampler.weighted_draws`.
+        """
+        return super().weighted_draws(
+            n,
+            energy=energy,
+            context=context,
+            paths=True if paths is None else paths,
+            num_steps=self.num_steps if num_steps is None else num_steps,
+            purpose=purpose,
+            generator=generator,
+        )
 
 
 @dataclass(frozen=True)
