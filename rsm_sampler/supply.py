@@ -19,6 +19,7 @@ from rsm_sampler.basins import Slope
 from rsm_sampler.contexts import Contexts
 from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.energy_sampler import EnergySampler
+from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.gradients import (
     GradientMethod,
     autograd_gradient,
@@ -29,6 +30,7 @@ from rsm_sampler.gradients import (
 from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.search import FEW_DIMENSIONS, search
+from rsm_sampler.sequential import next_beta
 from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.transforms import Affine, Coordinates, MeanFree
 
@@ -226,7 +228,8 @@ class Supply:
         r"""A bank of chains gives way to the sampler's draws, if they serve; whether it did.
 
         A step of mirror descent (13) from the law :math:`\pi` of the sampler to
-        :math:`\pi e^{-E} / \pi`, with exact weights, those of paths. They are resampled away.
+        :math:`\pi (e^{-E} / \pi)^\beta`, with exact weights, those of paths. They are resampled
+        away. Beta is 1, or in few dimensions less where too few draws would be left.
 
         Arguments:
             sampler: The sampler, its generator at a seed.
@@ -253,11 +256,14 @@ class Supply:
             num_steps=8 * sampler.num_steps,
             purpose="rounds",
         )
-        if not found.ess >= _LEAST_EFFECTIVE:
-            return False
         log_weight = found.log_weight.double()
+        # In few dimensions a part of the step (13) does, as far as the weights bear it.
+        beta = next_beta(-log_weight, 0.0, _LEAST_EFFECTIVE) if few else 1.0
+        if beta < 0.5 or (beta == 1 and found.ess < _LEAST_EFFECTIVE):
+            return False
+        tilted = beta * log_weight
         index = stratified_indices(
-            cumulative_weight(found.x, log_weight), min(points, draws), self.generator
+            cumulative_weight(found.x, tilted), min(points, draws), self.generator
         )
         index = index[torch.randperm(len(index), generator=self.generator, device=index.device)]
         renewed = Bank.of_samples(
@@ -265,7 +271,7 @@ class Supply:
             method="paths",
             log_z=float(torch.logsumexp(log_weight, 0)) - math.log(draws),
             log_z_se=math.sqrt(max(0.0, 1 / found.ess - 1 / draws)),
-            ess=found.ess,
+            ess=float(effective_sample_size(tilted)),
         )
         renewed.loc, renewed.scale_tril = bank.loc, bank.scale_tril  # the network's coordinates
         self.adopt(self._helped(renewed, reserve, report))

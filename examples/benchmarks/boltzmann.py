@@ -207,6 +207,7 @@ def measure(name: str, method: str, seed: int) -> dict[str, Any]:
     """One row."""
     task = TASKS[name]
     target = task.make()
+    target.name = name  # that of the results; targets of a family share theirs
     if method == "langevin":
         chains, evaluations, seconds = annealed(task, target, seed, task.n)
         return of_chains(task, target, chains, chains.flatten(0, 1), evaluations, seconds)
