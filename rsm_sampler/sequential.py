@@ -11,8 +11,8 @@ learn their shape from the particles: one half of the population is moved at a t
 * a random walk with the population's covariance, in steps of very different lengths;
 * **differences** of two particles of the other half, in a few coordinates, shortened;
 * the same at full length: jumps from well to well;
-* **dilations** of all coordinates but one about their middle, while that one moves by a
-  difference;
+* **dilations** of coordinates about their middle, while another one, that is seen to be their
+  scale, moves by a difference;
 * **exchange** of some coordinates between two particles, which leaves every coordinate's own
   law alone and shuffles how they go together.
 
@@ -46,7 +46,8 @@ from rsm_sampler.resampling import cumulative_weight, stratified_indices
 __all__ = ["Visited", "next_beta", "sequential_monte_carlo"]
 
 _WALK, _JUMP = 0.1, 0.4  # shares of the moves by differences; the rest are short ones
-_EXCHANGE, _DILATE = 0.2, 0.3  # shares of the other moves
+_EXCHANGE, _DILATE = 0.2, 0.2  # shares of the other moves
+_SCALING = 0.2  # least correlation of a coordinate with the log size of another, to be its scale
 _KEPT_ESS = 0.6  # of the population, in a step of beta
 
 
@@ -149,7 +150,6 @@ class _Population:
         self.energy, self.log_q = self._values(self.x)
         self.beta, self.log_z, self.stages = 0.0, 0.0, 0
         self.walk = self.short = 1.0
-        self.dilation = torch.full_like(self.x[0], 0.5)
         self._settle()
 
     def _values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,27 +216,32 @@ class _Population:
         return float(accept.double().mean())
 
     def _dilations(self, moved: slice, other: Tensor) -> float:
-        """One coordinate moves by a difference, the rest towards or from their middle.
+        """One coordinate moves by a difference, and those whose scale it is are dilated with it.
 
-        Where a coordinate is the scale of others, all must change together. Which one that is
-        shows in how far its dilations may reach; the farther, the more often it is chosen.
+        Coordinate j is the scale of k as far as, in the other half, log |x_k - m_k| grows with
+        x_j; it is chosen the more often, the clearer it is that of any.
         """
         x = self.x[moved]
         n, dim = x.shape
-        first = torch.randint(n, (n,), generator=self.generator, device=x.device)
+        middle = other.quantile(0.5, 0)  # of narrow necks, too
+        width = other.std(0, correction=0).clamp(min=1e-300)
+        standard = (other - middle) / width
+        size = standard.abs().clamp(min=1e-9).log()
+        size = size - size.mean(0)
+        slope = standard.mT @ size / n  # (j, k), in units of the width of x_j
+        known = slope.abs() / size.std(0, correction=0).clamp(min=1e-9)
+        known.fill_diagonal_(0.0)
+        slope = torch.where(known > _SCALING, slope, 0.0)
         one = torch.multinomial(
-            self.dilation.square(), n, replacement=True, generator=self.generator
+            0.05 + known.amax(1).square(), n, replacement=True, generator=self.generator
         )
-        chosen = torch.nn.functional.one_hot(one, dim).to(x)
+        first = torch.randint(n, (n,), generator=self.generator, device=x.device)
         length = 1.7 * 10 ** -torch.rand(n, 1, **self.like)
-        difference = length * (other[first] - other[first.roll(1)])
-        log_factor = (self.dilation[one] * torch.randn(n, **self.like)).unsqueeze(-1)
-        middle = other.mean(0)
-        dilated = middle + log_factor.exp() * (x - middle)
-        trial = torch.where(chosen > 0, x + difference, dilated)
-        accept = self._decided(moved, trial, (log_factor * (1 - chosen)).sum(-1))
-        gain = chosen.mT @ (accept.to(x) - 0.15) / chosen.sum(0).clamp(min=1)
-        self.dilation = (self.dilation * (0.3 * gain).exp()).clamp(1e-3, 2.0)
+        difference = torch.nn.functional.one_hot(one, dim).to(x)
+        difference = length * difference * (other[first] - other[first.roll(1)])
+        log_factor = slope[one] * (difference / width).sum(-1, keepdim=True)
+        trial = middle + log_factor.exp() * (x - middle) + difference
+        accept = self._decided(moved, trial, log_factor.sum(-1))
         return float(accept.double().mean())
 
     def _decided(self, moved: slice, trial: Tensor, log_volume: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ class Supply:
             return False
         few = self.coordinates.reduced <= FEW_DIMENSIONS
         if few:  # no gradients help: more points do
-            draws, points = 4 * draws, 4 * points
+            draws, points = 2 * draws, 4 * points
         if self.energy.remaining is not None:
             draws = min(draws, (self.energy.remaining - reserve) // 2)
         # Paths of twice as many steps are worth several times what densities or a check say.

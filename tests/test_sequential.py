@@ -98,6 +98,22 @@ def test_dilations_leave_a_law_alone_and_change_the_scale():
     assert float((first - exact[:, 0]).square().mean().sqrt()) > 0.75
 
 
+def test_a_funnel_of_ten_dimensions_is_walked_to_its_neck():
+    """From 4e5 evaluations, begun in the mouth: the scale's mean within 0.6 of 0, its width of 3.
+
+    512 dependent particles a snapshot; without dilations the mean stays above 2.
+    """
+    target = energies.get("funnel")
+    tril = torch.diag(torch.tensor([2.0] + [15.0] * 9, dtype=DOUBLE))
+    loc = torch.tensor([4.0] + [0.0] * 9, dtype=DOUBLE)
+    found = sequential_monte_carlo(
+        target.energy, StudentT(loc, tril), evaluations=400_000, size=512, generator=rng(4)
+    )
+    scale = found.points[len(found.points) // 2 :, 0]
+    assert abs(float(scale.mean())) < 0.6
+    assert abs(float(scale.std()) - 3) < 0.5
+
+
 def test_evaluations_are_what_was_allowed():
     calls = []
 

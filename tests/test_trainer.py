@@ -17,6 +17,7 @@ from rsm_sampler import (
     MemoryLogger,
     TrainerConfig,
 )
+from rsm_sampler.bank import Bank
 from rsm_sampler.proposals import GaussianProposal
 
 TINY = {"search_evaluations": 3000, "bank_size": 2000, "steps_per_cycle": 120, "max_cycles": 2,
@@ -338,6 +339,33 @@ def test_a_warm_start_of_another_architecture_is_refused():
     sampler = fit(EnergyDiffusionTrainer(normal, 2, config=tiny(max_cycles=1)))
     with pytest.raises(ValueError, match=r"warm_start must have this trainer's architecture"):
         EnergyDiffusionTrainer(normal, 2, warm_start=sampler, config=tiny(width=8))
+
+
+@pytest.mark.parametrize(("least", "whole"), [(1500, True), (6400, False)])
+def test_chains_with_wrong_shares_give_way_to_the_samplers_draws(monkeypatch, least, whole):
+    """A bank of equal shares where they are 0.8 and 0.2: a whole step of (13) finds these.
+
+    Where the weights are to be worth nearly all of the draws, they bear a part of the step. The
+    share of 8,192 draws worth a third of them at least is off by 5 standard errors, 0.04, with a
+    chance of 6e-7; and the next cycle is learned from the new bank, however often the old one was.
+    """
+    monkeypatch.setattr("rsm_sampler.supply._LEAST_EFFECTIVE", least)
+    target = two_modes()
+    config = tiny(max_cycles=2, steps_per_cycle=400, batch_size=256, width=32, num_steps=24,
+                  round_draws=4096, max_epochs=20)  # fmt: skip
+    trainer = EnergyDiffusionTrainer(target.energy, 2, seed=2, config=config)
+    half = GaussianMixture(target.loc, 1.0, weights=[0.5, 0.5])
+    points = half.sample(8000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    trainer.supply.adopt(Bank.of_samples(points, method="chains"))
+    sampler = fit(trainer)
+    bank = trainer.bank
+    assert bank.method == "paths" and sampler.counts["rounds"] == 8192
+    share = float(target.responsibilities(bank.points[0])[:, 0].double().mean())
+    assert abs(share - 0.8) < 0.04 if whole else 0.54 < share < 0.76
+    assert bank.ess >= least
+    assert abs(bank.log_z - target.log_z) < 5 * bank.log_z_se < 0.1
+    # 20 epochs of 8,000 points end the first cycle's 400 steps; the second has its own.
+    assert trainer.step > 625
 
 
 def test_a_callback_and_a_logger_see_the_run():
