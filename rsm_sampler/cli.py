@@ -182,7 +182,7 @@ def sample(
     n: Draws = 10_000,
     output: Path = Path("samples.npz"),
     seed: int = 0,
-    method: Literal["heun", "ddim", "ancestral", "multistep", "langevin"] = "heun",
+    method: Literal["heun", "ddim", "ancestral", "multistep", "langevin"] | None = None,
     num_steps: OptionalInt = None,
     context: Numbers = None,
     log_prob: bool = False,
@@ -196,7 +196,7 @@ def sample(
         n: Number of samples.
         output: File for the array x (n, dim), and log_prob (n) if asked for.
         seed: Decides every random number; another seed gives other samples.
-        method: How to go from noise to samples.
+        method: How to go from noise to samples; the sampler's choice if not given.
         num_steps: Number of noise levels; the trainer's choice if None.
         context: The context, for a conditional sampler.
         log_prob: Whether to write the log-density of each sample as well; with heun only.
@@ -208,7 +208,7 @@ def sample(
     """
     if output.suffix != ".npz":
         raise ValueError(f"output must end in .npz, got {output}")
-    if log_prob and method != "heun":
+    if log_prob and method not in {None, "heun"}:
         raise ValueError(f"method must be heun for log_prob, got {method}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")

@@ -27,7 +27,7 @@ from rsm_sampler.mcmc import RefineResult, refine
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.samplers import Langevin, Sampler
 from rsm_sampler.schedules import EDM
-from rsm_sampler.transforms import Affine, Coordinates, coordinates_of
+from rsm_sampler.transforms import Affine, Coordinates, MeanFree, coordinates_of
 
 __all__ = ["EXACT_DENSITY", "EnergySampler", "WeightedDraws"]
 
@@ -196,7 +196,7 @@ class EnergySampler:
         n: int,
         *,
         context: ContextLike = None,
-        method: Method = "heun",
+        method: Method | None = None,
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
         chunk: int = _CHUNK,
@@ -207,8 +207,10 @@ class EnergySampler:
             n: Number of draws.
             context: One context for all draws, or one for each.
             method: ``"heun"`` (the probability-flow ODE), ``"ddim"``, ``"ancestral"``,
-                ``"multistep"`` or ``"langevin"``.
-            num_steps: Number of noise levels; the trainer's choice if None.
+                ``"multistep"`` or ``"langevin"``. If None, ``"heun"``, but for particles beyond
+                16 dimensions ``"ancestral"``: errors that the ODE keeps its noise forgets.
+            num_steps: Number of noise levels; the trainer's choice if None, and four times that
+                where the method is chosen for particles.
             generator: Source of randomness; the sampler's own if None.
             chunk: Draws worked on at a time; bounds the memory and suits the cache.
 
@@ -217,6 +219,11 @@ class EnergySampler:
         """
         context = self._context(n, context)
         generator = self.generator if generator is None else generator
+        if method is None:
+            many = self.coordinates.reduced > EXACT_DENSITY
+            method = "ancestral" if many and isinstance(self.coordinates, MeanFree) else "heun"
+            if method == "ancestral" and num_steps is None:
+                num_steps = 4 * self.num_steps
         sampler = self.process(method, num_steps)
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")

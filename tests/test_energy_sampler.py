@@ -15,7 +15,7 @@ from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.networks import MLP
 from rsm_sampler.schedules import EDM
-from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.transforms import Affine, Bounds, MeanFree
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64
@@ -62,6 +62,29 @@ def test_samples_have_their_shape_and_follow_the_generator(method, n):
     assert torch.equal(x, sampler.sample(n, method=method, generator=rng(1)))
     if n:
         assert not torch.equal(x, sampler.sample(n, method=method, generator=rng(2)))
+
+
+def test_particles_in_many_dimensions_are_drawn_by_the_chain(monkeypatch):
+    """Of four times as many steps; others, and with a method named, as ever."""
+    asked = []
+    original = EnergySampler.process
+
+    def process(self, method="heun", num_steps=None):
+        asked.append((method, num_steps))
+        return original(self, method, num_steps)
+
+    monkeypatch.setattr(EnergySampler, "process", process)
+    for n, s, expected in ((7, 3, ("ancestral", 24)), (3, 2, ("heun", None))):
+        inside = MeanFree(n, s)
+        architecture = {"num_particles": n, "space_dim": s, "width": 8, "depth": 1}
+        sampler = EnergySampler(
+            Denoiser.build(architecture, rng()), Affine.identity(inside.reduced), inside,
+            EDM(0.01, 10.0), 6, architecture, 0,
+        )  # fmt: skip
+        assert sampler.sample(4, generator=rng()).shape == (4, n * s)
+        sampler.sample(2, method="heun", generator=rng())
+        assert asked == [expected, ("heun", None)]
+        asked.clear()
 
 
 def test_without_a_generator_the_samplers_own_advances():

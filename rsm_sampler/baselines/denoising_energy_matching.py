@@ -296,16 +296,19 @@ class IDEMSampler(EnergySampler):
         n: int,
         *,
         context: ContextLike = None,
-        method: Method = "ancestral",
+        method: Method | None = None,
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
         chunk: int = 4096,
     ) -> Float[Tensor, "n dim"]:
-        """Independent draws; see :meth:`~rsm_sampler.energy_sampler.EnergySampler.sample`."""
+        """Independent draws, of the chain if no method is named.
+
+        See :meth:`~rsm_sampler.energy_sampler.EnergySampler.sample`.
+        """
         return super().sample(
             n,
             context=context,
-            method=method,
+            method=method or "ancestral",
             num_steps=num_steps,
             generator=generator,
             chunk=chunk,
