@@ -151,9 +151,10 @@ class Supply:
         self.adopt(self._helped(bank, reserve, report))
 
     def _relaxed(self, bank: Bank, evaluations: int) -> Bank:
-        """Where the last of some chains of particles lead by single steps.
+        """What chains of single steps visit that begin where the population of a bank ended.
 
         Differences of two configurations, by which a population moves, say little to particles.
+        The bank stays where the evaluations are but a few steps.
         """
         start = bank.points[0][-2 * _WALKERS :]
         order = torch.randperm(len(start), generator=self.generator, device=start.device)
@@ -161,13 +162,16 @@ class Supply:
         x = self.coordinates.forward(start[:2])[0].float()
         works = self.gradients not in {"none", "differences"}
         works = works and differentiable(self.energy, x, "search")
+        steps = evaluations // (_WALKERS * (2 if works else 1))
+        if steps < 40:
+            return bank
         before = self.energy.evaluations
         walked = run_mcmc(
             self._value,
             start,
             method="mala" if works else "rw",
             evaluations=evaluations,
-            num_samples=_POINTS,
+            num_samples=min(_POINTS, steps // 2 * len(start)),
             warm_up=0.4,
             generator=self.generator,
         )

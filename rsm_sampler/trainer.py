@@ -480,7 +480,7 @@ class EnergyDiffusionTrainer:
             return
         few = self.coordinates.reduced <= EXACT_DENSITY
         if not self.history or (few and isinstance(self.coordinates, MeanFree)):
-            return  # densities of so many draws of a particle network take too long
+            return  # so many draws of a particle network take too long, and its bank is good
         sampler = self.sampler()
         sampler.generator.manual_seed(self.seed + 6101 * (self.cycle + 2))
         if self.supply.renew(sampler, self.history[-1]["ess"], 2 * self._check_size(), report):

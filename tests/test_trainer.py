@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+import energies
 from energies import ConditionalMixture, GaussianMixture
 from rsm_sampler import (
     CheckpointError,
@@ -689,6 +690,18 @@ def test_a_compiled_network_learns_the_same(tmp_path):
     torch.testing.assert_close(weights(found[True]), weights(found[False]), atol=1e-4, rtol=0)
     again = EnergyDiffusionTrainer(two_modes(), 2, seed=3, config=config)
     same(fit(again, checkpoint_path=tmp_path / "eager.pt"), found[False])
+
+
+@pytest.mark.parametrize("budget", [3000, 20_000, 60_000])
+def test_many_particles_keep_to_a_budget(budget):
+    """Chains of Langevin steps are as long as there is budget for, or left out."""
+    target = energies.get("lj13")
+    config = tiny(max_cycles=1, steps_per_cycle=4, width=8, depth=1)
+    trainer = EnergyDiffusionTrainer(target.energy, 39, particles=(13, 3), budget=budget,
+                                     config=config)  # fmt: skip
+    sampler = fit(trainer)
+    assert sum(sampler.counts.values()) <= budget
+    assert bool(trainer.bank.points.isfinite().all())
 
 
 def test_an_energy_may_know_its_particles_itself():
