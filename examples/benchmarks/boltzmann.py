@@ -31,6 +31,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,8 +204,8 @@ def of_chains(
     }
 
 
-def measure(name: str, method: str, seed: int) -> dict[str, Any]:
-    """One row."""
+def measure(name: str, method: str, seed: int, kept: Path | None = None) -> dict[str, Any]:
+    """One row; the trained sampler stays in that folder, if one is given."""
     task = TASKS[name]
     target = task.make()
     target.name = name  # that of the results; targets of a family share theirs
@@ -220,6 +221,8 @@ def measure(name: str, method: str, seed: int) -> dict[str, Any]:
         record["log_z_se"] = result.log_z_se
         return record
     sampler, record = fitted(task, target, method, seed)
+    if kept is not None and isinstance(sampler, EnergySampler):
+        sampler.save(kept / f"{name}-{method}-{seed}.pt")
     generator = torch.Generator().manual_seed(seed + 1000)
     started = time.perf_counter()
     x = sampler.sample(10_000, generator=generator)
@@ -280,6 +283,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--keep", type=Path, help="folder in which trained samplers stay")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     np.seterr(all="raise", under="ignore")
@@ -291,7 +295,7 @@ def main() -> None:
                     continue
                 if method in {*DIFFERENTIATING, "rsm-values"} and not task.differentiable:
                     continue
-                record = measure(name, method, seed)
+                record = measure(name, method, seed, arguments.keep)
                 store("boltzmann", key, record)
                 error = record["log_z_error"]
                 print(
