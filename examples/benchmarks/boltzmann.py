@@ -229,6 +229,8 @@ def measure(name: str, method: str, seed: int, kept: Path | None = None) -> dict
     record["seconds_per_10k"] = time.perf_counter() - started
     if task.n > len(x):
         x = torch.cat([x, sampler.sample(task.n - len(x), generator=generator)])
+    if isinstance(sampler, EnergySampler):
+        record["bank"] = of_bank(sampler, target)
     record["draws"] = task.n
     record["raw"] = task.measure(target, x[: task.n])
     meter = MeteredEnergy(target.energy, target.dim)
@@ -253,6 +255,13 @@ def error_of(log_z: float | None, target: Any) -> dict[str, float | None]:
     """An estimate of log Z, and its error where the truth is known."""
     known = log_z is not None and target.log_z is not None
     return {"log_z": log_z, "log_z_error": log_z - target.log_z if known else None}
+
+
+def of_bank(sampler: EnergySampler, target: Any) -> dict[str, Any]:
+    """What the last bank of training says of log Z by itself: independent draws, no chains."""
+    log_z, log_z_se = (sampler.search.get(key, math.nan) for key in ("log_z", "log_z_se"))
+    known = math.isfinite(log_z_se)
+    return {**error_of(log_z if known else None, target), "log_z_se": log_z_se if known else None}
 
 
 def refined(

@@ -42,7 +42,7 @@ def section(name: str, methods: dict[str, list[dict]]) -> str:
     figure, all_records = task.figure, [r for records in methods.values() for r in records]
     optional = [kind for kind in ("refined", "nll") if any(kind in r for r in all_records)]
     head = ["method", "seeds", f"{figure}, raw", "reweighted", *optional, "error of log Z",
-            "evaluations", "fit, s", "10,000 more draws, s"]  # fmt: skip
+            "its bank's", "evaluations", "fit, s", "10,000 more draws, s"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for method in METHODS:
         records = methods.get(method)
@@ -60,7 +60,8 @@ def section(name: str, methods: dict[str, list[dict]]) -> str:
                 spread([r["raw"][figure] for r in records]),
                 spread(again),
                 *(spread(more[kind]) for kind in optional),
-                spread([r["log_z_error"] for r in records]),
+                spread([r["log_z_error"] for r in records], 4),
+                spread([r["bank"]["log_z_error"] for r in records if "bank" in r], 4),
                 f"{sum(r['evaluations'] for r in records) / len(records):,.0f}",
                 f"{sum(r['fit_seconds'] for r in records) / len(records):.0f}",
                 "chains never mix"
@@ -83,10 +84,13 @@ def section(name: str, methods: dict[str, list[dict]]) -> str:
 def draw(found: dict[str, dict[str, list[dict]]]) -> None:
     """Every seed's figure, raw, over the floor."""
     names = [name for name in TASKS if name in found]
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(2.6 * len(names), 3.2), squeeze=False, layout="constrained"
-    )
-    for ax, name in zip(axes[0], names, strict=True):
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    size = (2.8 * columns, 3.0 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names, strict=False):
         task, kind = TASKS[name], TASKS[name].figure
         methods = [m for m in METHODS if m in found[name]]
         for i, method in enumerate(methods):
@@ -122,7 +126,9 @@ examples/benchmarks/boltzmann.py`, whose module page says what each method is. M
 values over seeds, with the range; raw draws of the final model, and reweighted ones apart.
 Evaluations are those of the fit, warm start included, a gradient counting as one more than its
 value; log Z of a trained sampler takes 32,768 more (Lennard-Jones clusters 1,024), by the weights
-of its paths (up to 16 dimensions: by its density). Plain chains have the evaluations of the
+of its paths (up to 16 dimensions: by its density). Beside it stands what the draws of the last
+bank of training say of log Z by themselves, where they are independent: a mixture's, or those of
+the sampler of an earlier cycle. Plain chains have the evaluations of the
 trained samplers. Their 10,000 further independent draws are counted by the spread of the chains'
 means in the coordinates that they are slow in; such a count cannot see what all chains miss.
 
