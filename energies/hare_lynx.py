@@ -62,7 +62,7 @@ def hare_lynx_energy(theta: npt.ArrayLike) -> _Array:
         True
     """
     theta = np.asarray(theta, np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         alpha, beta, gamma, delta = np.exp(theta[:, :4]).T
         populations = theta[:, 4:6].T.copy()
         error = np.exp(theta[:, 6:8]).T

@@ -40,6 +40,7 @@ Report = Callable[[str], None]
 _POINTS = 16_384  # of equal weight, in a renewed bank
 _LEAST_EFFECTIVE = 3000  # draws that may renew a bank
 _LEAST_HELPED = 512  # points with gradients
+_STRAIGHT = 8.0  # times an inverse stiffness: squared noise beyond which posteriors are not normal
 _RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
 
 
@@ -74,6 +75,8 @@ class Supply:
         bank: The bank; None before there is one.
         affine: From z to unbounded coordinates.
         context: Contexts of the bank's rows, or None.
+        straight: Noise up to which the curvature of particles' energy tells most of a posterior;
+            0 for others, to whom the Jacobian gave nothing, and without gradients.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Supply:
         self.bank: Bank | None = None
         self.affine = Affine.identity(coordinates.reduced)
         self.context: Tensor | None = None
+        self.straight = 0.0
 
     @property
     def helped(self) -> bool:
@@ -191,15 +195,18 @@ class Supply:
         self._cumulative = cumulative_weight(self._points, log_weight.reshape(-1))
         self.context = None if bank.context is None else bank.context.float()
         self._gradient: Tensor | None = None
+        self.straight = 0.0
         if bank.gradient is None:
             return
         gradient = bank.gradient @ self.affine.scale_tril.to(bank.gradient)
         gradient = gradient.reshape(self._points.shape).float()
         known = ~gradient.isnan().any(-1, keepdim=True)
-        weight = torch.softmax(log_weight.reshape(-1), 0).float().unsqueeze(-1) * known
+        weight = _as_chosen(log_weight.reshape(-1)).float().unsqueeze(-1) * known
         stiffness = (weight * gradient.nan_to_num().square()).sum(0) / weight.sum()
         if isinstance(self.coordinates, MeanFree):  # no direction is another than the rest
             stiffness = stiffness.mean().expand_as(stiffness)
+            # Nor do stiff directions stay where they are: only the Jacobian knows them.
+            self.straight = math.sqrt(_STRAIGHT / float(stiffness[0]))
         self._gradient = gradient.nan_to_num()
         self._stiffness = torch.where(known, stiffness, torch.inf)
 
@@ -318,7 +325,7 @@ class Supply:
             found = difference_gradient(
                 lambda z: self._value(affine.forward(z), purpose="gradients"), z[chosen]
             )
-        if not virial_holds(z[chosen], found, torch.softmax(bank.log_weight[0][chosen], 0)):
+        if not virial_holds(z[chosen], found, _as_chosen(bank.log_weight[0])[chosen]):
             return bank
         gradient = torch.full_like(bank.points[0], torch.nan)
         gradient[chosen] = torch.linalg.solve_triangular(
@@ -364,3 +371,12 @@ class Supply:
     def _scattered(self, n: int) -> Tensor:
         assert self.contexts is not None
         return self.contexts.scattered(n, self.generator)
+
+
+def _as_chosen(log_weight: Tensor) -> Tensor:
+    """Weights, up to a factor, of those points of a bank that were chosen to have gradients.
+
+    They were chosen by weight, each at most once: only what is beyond once is left to weigh.
+    """
+    least = 1 / min(len(log_weight), _POINTS)
+    return torch.softmax(log_weight, 0).clamp(min=least)

@@ -27,6 +27,7 @@ import copy
 import math
 import os
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -264,7 +265,8 @@ class EnergyDiffusionTrainer:
         self.step = self.step_in_cycle = self.cycle = 0
         self._first_step = 0  # with the present bank
         self.seconds = 0.0
-        self._levels = self.config.noise_levels().to(self.device)
+        levels = self.config.noise_levels()
+        self._levels, self._on_host = levels.to(self.device), levels.tolist()
 
     def _architecture(self, particles: tuple[int, int] | None) -> dict[str, Any]:
         """What describes the network: plain values."""
@@ -593,9 +595,17 @@ class EnergyDiffusionTrainer:
             sigma.unsqueeze(-1),
             gradient=batch.gradient,
             stiffness=batch.stiffness,
+            curved=self._curved(levels),
             context=batch.context,
             generator=generator,
         ).mean()
+
+    def _curved(self, levels: int) -> int:
+        """How many of a batch's noise levels, lowest first, have the Jacobian in their target."""
+        if self.supply.straight == 0:
+            return 0
+        below = bisect(self._on_host, math.log(self.supply.straight))
+        return levels * below // len(self._on_host)
 
     def _standard_energy(self, z: Tensor) -> Tensor:
         x, log_det = self.coordinates.forward(self.affine.forward(z))

@@ -236,7 +236,9 @@ TASKS: dict[str, Task] = {
         floor=0.025,
         reach=0.10,
     ),
-    "dw4": _cluster("dw4", 1000, 0.14, 0.20, seeds=3, start=2.0, refine_steps=100),
+    "dw4": _cluster(
+        "dw4", 1000, 0.14, 0.20, seeds=3, start=2.0, refine_steps=100, config={"compile": True}
+    ),
     "lj13": _cluster("lj13", 2000, 0.44, 2.0, seeds=3, start=1.0, **PAIRS),
     "lj55": _cluster("lj55", 1000, 1.0, 28.0, seeds=1, start=1.7, **PAIRS),
     # The worst of d means over n draws is off by about sqrt(2 log(2 d) / n).
