@@ -42,6 +42,7 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 
 _TAIL = 20.0  # degrees of freedom: in many dimensions heavier tails hardly meet the target
 _FIRST, _MORE, _ALL, _FEWEST = 96, 232, 1024, 16  # scouts
+_SEEN = 8  # of them in the rarest basin, for no more to be sent
 _ROUNDS = 6
 _SNAPSHOTS = 12  # of the walks within basins
 _SLACK = 1.0  # nats that a descent may have left
@@ -53,6 +54,8 @@ _SMALL = 1e-3  # differences of gradients, in units of the broad law's widths
 _WIDEST = 4.0  # standard deviations of a component, in those units
 _NEWTON = 20  # steps
 _LATER = 0.8  # of the effective draws of an earlier mixture, for a later one to be preferred
+_HOPELESS = 0.1  # likewise, for adaptation to end
+_ALONE = 0.6  # of the scouts: more have too many basins to find
 _NEAREST, _FARTHEST = 0.25, 256.0  # where scouts start, in units of what the bracket found
 
 
@@ -85,15 +88,16 @@ def mixture_of_basins(
         return None, finder.spent
     label = finder.basins(x, energy)
     number = int(label.amax()) + 1
-    if number > 0.6 * len(x):
+    # The share of scouts that are alone in their basin is that of basins not seen (Good, 1953).
+    if int((label.bincount() == 1).sum()) > _ALONE * len(x):
         return None, finder.spent
     each = finder.spent / first
-    while number > 1 and len(x) < _ALL:
+    while number > 1 and (len(x) < _ALL or int(label.bincount().amin()) < _SEEN):
         # The spread of those found tells where to look for more, and grows with them.
-        more = min(_MORE, _ALL - len(x), int((evaluations // 2 - finder.spent) / each))
+        more = min(_MORE, int((evaluations // 2 - finder.spent) / each))
         if more < 1:
             break
-        half = more // 2
+        half = more // 2 if len(x) < _ALL else 0
         start = finder.between(x, label, more - half), finder.crossed(x, energy, label, half)
         again, its_energy = finder.scouts(torch.cat(start))
         x, energy = torch.cat([x, again]), torch.cat([energy, its_energy])
@@ -120,6 +124,8 @@ def mixture_of_basins(
         later, effective = finder.adapted(mixture, size)
         if effective >= _LATER * worth:
             best, worth = mixture, effective
+        elif effective < _HOPELESS * worth:
+            break
         mixture = later
     return best, finder.spent
 
