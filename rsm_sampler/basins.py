@@ -88,8 +88,7 @@ def mixture_of_basins(
         return None, finder.spent
     label = finder.basins(x, energy)
     number = int(label.amax()) + 1
-    # The share of scouts that are alone in their basin is that of basins not seen (Good, 1953).
-    if int((label.bincount() == 1).sum()) > _ALONE * len(x):
+    if crowded(label):
         return None, finder.spent
     each = finder.spent / first
     while number > 1 and (len(x) < _ALL or int(label.bincount().amin()) < _SEEN):
@@ -375,6 +374,18 @@ def _quasi_newton(slope: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
         b = rho[i] * (changes[i] * direction).sum(-1, keepdim=True)
         direction = direction + (a - b) * steps[i]
     return direction
+
+
+def crowded(label: Tensor) -> bool:
+    """Whether there are too many basins to find, by those in which the first scouts, (n), ended.
+
+    The share of scouts that are alone in theirs estimates the chance that one more finds another.
+
+    References:
+        | The population frequencies of species (Good, 1953)
+        | https://doi.org/10.1093/biomet/40.3-4.237
+    """
+    return int((label.bincount() == 1).sum()) > _ALONE * len(label)
 
 
 def _spread(label: Tensor, number: int) -> Tensor:
