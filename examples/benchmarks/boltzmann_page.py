@@ -12,6 +12,8 @@ from boltzmann_targets import TASKS
 from results import FOLDER, load
 
 _NEVER = 1e7  # seconds
+_HUGE = 1e6
+_OFF = 30  # times the aim: drawn as arrows at the upper end
 DOCS = FOLDER.parent
 FIGURE = DOCS / "figures" / "boltzmann.png"
 
@@ -32,8 +34,13 @@ def spread(values: list[float], digits: int = 3) -> str:
         return "–"
     mean = sum(values) / len(values)
     if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+        return plain(mean, digits)
+    return f"{plain(mean, digits)} ({plain(min(values), digits)}–{plain(max(values), digits)})"
+
+
+def plain(value: float, digits: int) -> str:
+    """A number without more digits than it is worth."""
+    return f"{value:.{digits}f}" if value < _HUGE else f"{value:.0e}"
 
 
 def section(name: str, methods: dict[str, list[dict]]) -> str:
@@ -96,7 +103,11 @@ def draw(found: dict[str, dict[str, list[dict]]]) -> None:
         for i, method in enumerate(methods):
             values = [record["raw"][kind] for record in found[name][method]]
             colour = "C0" if method.startswith("rsm") else "0.4"
-            ax.plot([i] * len(values), values, "o", color=colour, alpha=0.7)
+            top = _OFF * task.reach
+            seen = [v for v in values if v <= top]
+            ax.plot([i] * len(seen), seen, "o", color=colour, alpha=0.7)
+            off = len(values) - len(seen)
+            ax.plot([i] * off, [top] * off, "^", color=colour, alpha=0.7)
         ax.axhline(task.floor, color="0.7", linewidth=1)
         ax.axhline(task.reach, color="C2", linewidth=1, linestyle="--")
         ax.set_yscale("log")
@@ -134,7 +145,8 @@ means in the coordinates that they are slow in; such a count cannot see what all
 
 ![Figures of all seeds](figures/boltzmann.png)
 
-*Dots: seeds, trained samplers blue. Grey line: a perfect sampler. Green line: the aim.*
+*Dots: seeds, trained samplers blue; arrows: more than thirty times the aim. Grey line: a perfect
+sampler. Green line: the aim.*
 
 {(chr(10) * 2).join(sections)}
 
