@@ -201,7 +201,7 @@ class Supply:
         gradient = bank.gradient @ self.affine.scale_tril.to(bank.gradient)
         gradient = gradient.reshape(self._points.shape).float()
         known = ~gradient.isnan().any(-1, keepdim=True)
-        weight = _as_chosen(log_weight.reshape(-1)).float().unsqueeze(-1) * known
+        weight = torch.softmax(log_weight.reshape(-1), 0).float().unsqueeze(-1) * known
         stiffness = (weight * gradient.nan_to_num().square()).sum(0) / weight.sum()
         if isinstance(self.coordinates, MeanFree):  # no direction is another than the rest
             stiffness = stiffness.mean().expand_as(stiffness)
@@ -299,9 +299,12 @@ class Supply:
         report("gradients")
         affine = self._affine(bank)
         z = affine.inverse(bank.points[0])
-        # The points that training will see, or of all snapshots some.
-        cumulative = cumulative_weight(z, bank.log_weight[0])
-        seen = stratified_indices(cumulative, min(len(z), _POINTS), self.generator).unique()
+        if bank.method == "bank" and len(z) > 2 * _POINTS:
+            return bank  # draws without end: more than half of them would have no gradient
+        # Chosen at random: were it by weight, or by anything else that depends on the point,
+        # delta would not have mean zero among those that have a gradient.
+        seen = torch.randperm(len(z), generator=self.generator, device=z.device)
+        seen = seen[:_POINTS].sort().values
 
         def to_x(z: Tensor) -> tuple[Tensor, Tensor]:
             return self.coordinates.forward(affine.forward(z))
@@ -325,7 +328,7 @@ class Supply:
             found = difference_gradient(
                 lambda z: self._value(affine.forward(z), purpose="gradients"), z[chosen]
             )
-        if not virial_holds(z[chosen], found, _as_chosen(bank.log_weight[0])[chosen]):
+        if not virial_holds(z[chosen], found, torch.softmax(bank.log_weight[0][chosen], 0)):
             return bank
         gradient = torch.full_like(bank.points[0], torch.nan)
         gradient[chosen] = torch.linalg.solve_triangular(
@@ -371,12 +374,3 @@ class Supply:
     def _scattered(self, n: int) -> Tensor:
         assert self.contexts is not None
         return self.contexts.scattered(n, self.generator)
-
-
-def _as_chosen(log_weight: Tensor) -> Tensor:
-    """Weights, up to a factor, of those points of a bank that were chosen to have gradients.
-
-    They were chosen by weight, each at most once: only what is beyond once is left to weigh.
-    """
-    least = 1 / min(len(log_weight), _POINTS)
-    return torch.softmax(log_weight, 0).clamp(min=least)
