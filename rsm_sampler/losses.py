@@ -125,7 +125,7 @@ def denoising_loss(
     *,
     gradient: Float[Tensor, "*batch dim"] | None = None,
     stiffness: Float[Tensor, "*#batch dim"] | None = None,
-    curved: int = 0,
+    jacobian_rows: int = 0,
     context: Float[Tensor, "*batch context_dim"] | None = None,
     loss_weight: LossWeight = None,
     generator: torch.Generator | None = None,
@@ -163,9 +163,9 @@ def denoising_loss(
             be smooth on all of space: not for hard walls, where a boundary term is missing.
         stiffness: The mean squares s of the gradients, broadcastable to the shape of x_0.
             :math:`+\infty` where there is no gradient.
-        curved: Number of rows, along the first axis of the batch, whose target has the Jacobian.
-            Rows must be ordered by noise. Costs two more network calls for them, without a
-            gradient.
+        jacobian_rows: Number of rows, along the first axis of the batch, whose target has the
+            Jacobian. Rows must be ordered by noise. Costs two more network calls for them,
+            without a gradient.
         context: Conditions c, with shape :math:`(*, \mathrm{context\_dim})`.
         loss_weight: The weight :math:`\lambda`, a function of sigma or values that broadcast to
             :math:`(*)`. If None, :func:`edm_weight` with the denoiser's ``sigma_data`` (1 if it
@@ -177,8 +177,8 @@ def denoising_loss(
         coordinates.
 
     Raises:
-        ValueError: If one of gradient and stiffness is given without the other, or curved rows
-            are wanted without them.
+        ValueError: If one of gradient and stiffness is given without the other, or
+            jacobian_rows without them.
 
     Note:
         :math:`J \delta` is a central difference of step :math:`0.1\, \delta`. The mean of the
@@ -201,8 +201,8 @@ def denoising_loss(
             f"{'no ' if gradient is None else ''}gradient and "
             f"{'no ' if stiffness is None else ''}stiffness"
         )
-    if curved and gradient is None:
-        raise ValueError(f"curved must be 0 without a gradient, got {curved}")
+    if jacobian_rows and gradient is None:
+        raise ValueError(f"jacobian_rows must be 0 without a gradient, got {jacobian_rows}")
     x_t = forward_kernel(x_0, sigma, generator=generator)
     sigma = sigma_column(sigma, x_0).squeeze(-1).expand(x_0.shape[:-1])
     denoised = _denoised(denoiser, x_t, sigma, context)
@@ -213,8 +213,8 @@ def denoising_loss(
         delta = torch.where(known, x_t - x_0 - square * gradient, 0)
         step = delta / (1 + square * stiffness)
         target = x_0 + step
-        if curved:
-            rows = slice(curved)
+        if jacobian_rows:
+            rows = slice(jacobian_rows)
             along = _along(
                 denoiser,
                 x_t[rows],
@@ -224,7 +224,7 @@ def denoising_loss(
             )
             more = along - step[rows]
             share = _share(denoised.detach()[rows] - target[rows], more, sigma[rows])
-            target = torch.cat([target[rows] + share * more, target[curved:]])
+            target = torch.cat([target[rows] + share * more, target[jacobian_rows:]])
     return _weighted_error(denoiser, denoised, sigma, target, loss_weight)
 
 
@@ -245,17 +245,15 @@ def _along(
 
 def _share(error: Tensor, more: Tensor, sigma: Tensor) -> Tensor:
     r"""Factors a that make :math:`\|error - a\, more\|^2` least, from other rows of like noise."""
-    per_row = tuple(range(1, error.dim()))
-    unit = sigma.unsqueeze(-1)
-    both = torch.stack([(error / unit) * (more / unit), (more / unit).square()])
-    rows = both.sum([i + 1 for i in per_row])
+    unit = sigma.unsqueeze(-1).square()
+    rows = torch.stack([error * more / unit, more.square() / unit]).flatten(2).sum(-1)
     total = torch.nn.functional.pad(rows.cumsum(-1), (1, 0))
     index = torch.arange(rows.shape[-1], device=rows.device)
     high = (index + _NEIGHBOURS + 1).clamp(max=len(index))
     low = (index - _NEIGHBOURS).clamp(min=0)
     product, square = total[:, high] - total[:, low] - rows
     share = (product / square.clamp(min=torch.finfo(square.dtype).tiny)).clamp(0, 1)
-    return share.view(-1, *[1] * len(per_row))
+    return share.view(-1, *[1] * (error.dim() - 1))
 
 
 def mirror_descent_loss(

@@ -40,7 +40,7 @@ Report = Callable[[str], None]
 _POINTS = 16_384  # of equal weight, in a renewed bank
 _LEAST_EFFECTIVE = 3000  # draws that may renew a bank
 _LEAST_HELPED = 512  # points with gradients
-_STRAIGHT = 8.0  # times an inverse stiffness: squared noise beyond which posteriors are not normal
+_NEARLY_NORMAL = 8.0  # times an inverse stiffness: squared noise up to which posteriors are so
 _RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
 
 
@@ -75,8 +75,8 @@ class Supply:
         bank: The bank; None before there is one.
         affine: From z to unbounded coordinates.
         context: Contexts of the bank's rows, or None.
-        straight: Noise up to which the curvature of particles' energy tells most of a posterior;
-            0 for others, to whom the Jacobian gave nothing, and without gradients.
+        jacobian_below: Noise up to which targets of particles have the Jacobian in them; 0 for
+            others, to whom it gave nothing, and without gradients.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Supply:
         self.bank: Bank | None = None
         self.affine = Affine.identity(coordinates.reduced)
         self.context: Tensor | None = None
-        self.straight = 0.0
+        self.jacobian_below = 0.0
 
     @property
     def helped(self) -> bool:
@@ -195,7 +195,7 @@ class Supply:
         self._cumulative = cumulative_weight(self._points, log_weight.reshape(-1))
         self.context = None if bank.context is None else bank.context.float()
         self._gradient: Tensor | None = None
-        self.straight = 0.0
+        self.jacobian_below = 0.0
         if bank.gradient is None:
             return
         gradient = bank.gradient @ self.affine.scale_tril.to(bank.gradient)
@@ -206,7 +206,7 @@ class Supply:
         if isinstance(self.coordinates, MeanFree):  # no direction is another than the rest
             stiffness = stiffness.mean().expand_as(stiffness)
             # Nor do stiff directions stay where they are: only the Jacobian knows them.
-            self.straight = math.sqrt(_STRAIGHT / float(stiffness[0]))
+            self.jacobian_below = math.sqrt(_NEARLY_NORMAL / float(stiffness[0]))
         self._gradient = gradient.nan_to_num()
         self._stiffness = torch.where(known, stiffness, torch.inf)
 

@@ -595,16 +595,16 @@ class EnergyDiffusionTrainer:
             sigma.unsqueeze(-1),
             gradient=batch.gradient,
             stiffness=batch.stiffness,
-            curved=self._curved(levels),
+            jacobian_rows=self._jacobian_rows(levels),
             context=batch.context,
             generator=generator,
         ).mean()
 
-    def _curved(self, levels: int) -> int:
+    def _jacobian_rows(self, levels: int) -> int:
         """How many of a batch's noise levels, lowest first, have the Jacobian in their target."""
-        if self.supply.straight == 0:
+        if self.supply.jacobian_below == 0:
             return 0
-        below = bisect(self._on_host, math.log(self.supply.straight))
+        below = bisect(self._on_host, math.log(self.supply.jacobian_below))
         return levels * below // len(self._on_host)
 
     def _standard_energy(self, z: Tensor) -> Tensor:

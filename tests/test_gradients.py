@@ -176,41 +176,32 @@ def test_with_the_jacobian_nothing_is_left_whatever_the_directions():
     sigma = torch.logspace(-2, 1, 64, dtype=DOUBLE).unsqueeze(-1)
     given = {"gradient": gradient, "stiffness": gradient.square().mean((0, 1))}
     helped = denoising_loss(denoise, x_0, sigma, generator=rng(1), **given)
-    curved = denoising_loss(denoise, x_0, sigma, curved=40, generator=rng(1), **given)
+    curved = denoising_loss(denoise, x_0, sigma, jacobian_rows=40, generator=rng(1), **given)
     assert bool((helped.mean(-1) > 1e-8).all())
     torch.testing.assert_close(curved[:40], torch.zeros_like(curved[:40]), atol=1e-18, rtol=0)
     assert torch.equal(curved[40:], helped[40:])
 
 
 def test_the_jacobians_share_is_never_a_rows_own():
-    """Targets of a row change if its draws do not lie with the others, but not through its share:
-    the loss of the other rows does, its own keeps the share that they tell it."""
+    """One draw of the first row changes: the other targets of that row keep their share of the
+    Jacobian, which the other rows tell it; those of the other rows do not."""
     x_0, gradient, denoise = correlated()
     x_0, gradient = x_0[:3], gradient[:3]
-    sigma = torch.tensor([[0.1], [0.1], [0.1]], dtype=DOUBLE)
+    sigma = torch.full((3, 1), 0.1, dtype=DOUBLE)
     stiffness = gradient.square().mean((0, 1))
 
     def targets(x, g):
-        output = {}
+        calls = []
 
         def recorded(x_t, sigma):
             # Not exact, so that shares are strictly between 0 and 1.
-            output["D"] = (0.8 * denoise(x_t, sigma) + 0.1 * x_t.sin()).requires_grad_()
-            return output["D"]
+            calls.append((0.8 * denoise(x_t, sigma) + 0.1 * x_t.sin()).requires_grad_())
+            return calls[-1]
 
-        first = {}
-
-        def seen_once(x_t, sigma):
-            found = recorded(x_t, sigma)
-            first.setdefault("D", found)
-            return found
-
-        loss = denoising_loss(
-            seen_once, x, sigma, loss_weight=1.0, gradient=g, stiffness=stiffness, curved=3,
-            generator=rng(1),
-        )  # fmt: skip
-        (slope,) = torch.autograd.grad(loss.sum(), first["D"])
-        return first["D"].detach() - 0.5 * slope
+        given = {"gradient": g, "stiffness": stiffness, "jacobian_rows": 3}
+        loss = denoising_loss(recorded, x, sigma, loss_weight=1.0, generator=rng(1), **given)
+        (slope,) = torch.autograd.grad(loss.sum(), calls[0])
+        return calls[0].detach() - 0.5 * slope
 
     before = targets(x_0, gradient)
     moved, pushed = x_0.clone(), gradient.clone()
@@ -233,7 +224,11 @@ def test_the_curved_target_has_the_same_mean():
     x_0 = target.sample(100_000, generator=rng(), dtype=DOUBLE).view(5000, 20, 2)
     leaf = x_0.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(target(leaf).sum(), leaf)
-    given = {"gradient": gradient, "stiffness": gradient.square().mean((0, 1)), "curved": 5000}
+    given = {
+        "gradient": gradient,
+        "stiffness": gradient.square().mean((0, 1)),
+        "jacobian_rows": 5000,
+    }
 
     def found(help_):
         calls = []
@@ -314,7 +309,7 @@ def test_points_without_a_gradient_keep_their_target():
         torch.ones(10),
         gradient=torch.zeros(10, 2),
         stiffness=stiffness,
-        curved=10,
+        jacobian_rows=10,
         generator=rng(1),
     )
     assert torch.equal(curved, plain)
@@ -324,8 +319,8 @@ def test_points_without_a_gradient_keep_their_target():
 def test_gradients_come_with_their_mean_square():
     with pytest.raises(ValueError, match="gradient and stiffness must be given together"):
         denoising_loss(lambda x, s: x, torch.zeros(3, 2), 1.0, gradient=torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="curved must be 0 without a gradient, got 2"):
-        denoising_loss(lambda x, s: x, torch.zeros(3, 2), 1.0, curved=2)
+    with pytest.raises(ValueError, match="jacobian_rows must be 0 without a gradient, got 2"):
+        denoising_loss(lambda x, s: x, torch.zeros(3, 2), 1.0, jacobian_rows=2)
     with pytest.raises(ValueError, match="gradients must be one of"):
         EnergyDiffusionTrainer(quartic, 2, gradients="exact")
 
