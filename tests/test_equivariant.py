@@ -101,7 +101,7 @@ def test_the_flow_of_an_equivariant_denoiser_has_an_invariant_density():
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("name", ["width", "depth", "radial"])
+@pytest.mark.parametrize("name", ["width", "depth", "radial", "vectors"])
 def test_sizes_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         EGNN(3, 2, **{name: 0})

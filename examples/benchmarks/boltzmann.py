@@ -91,7 +91,7 @@ def fitted(
         "fit_seconds": time.perf_counter() - started,
         "evaluations": sum(sampler.counts.values()),
         "counts": sampler.counts,
-        "history": sampler.history,
+        "history": sampler.history[:: math.ceil((len(sampler.history) + 1) / 12)],
     }
     return sampler, record
 
@@ -294,6 +294,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--again", action="store_true", help="also what is measured already")
     parser.add_argument("--keep", type=Path, help="folder in which trained samplers stay")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -302,7 +303,7 @@ def main() -> None:
         for name in arguments.targets:
             for method in arguments.methods:
                 key, task = f"{name} {method}/{seed}", TASKS[name]
-                if key in load("boltzmann") or seed >= task.seeds:
+                if seed >= task.seeds or (key in load("boltzmann") and not arguments.again):
                     continue
                 if method in {*DIFFERENTIATING, "rsm-values"} and not task.differentiable:
                     continue
