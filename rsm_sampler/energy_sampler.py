@@ -208,7 +208,7 @@ class EnergySampler:
             context: One context for all draws, or one for each.
             method: ``"heun"`` (the probability-flow ODE), ``"ddim"``, ``"ancestral"``,
                 ``"multistep"`` or ``"langevin"``. If None, ``"heun"``, but for particles
-                ``"ancestral"``: errors that the ODE keeps its noise forgets.
+                ``"multistep"``: errors that the ODE keeps its noise forgets.
             num_steps: Number of noise levels; the trainer's choice if None, and four times that
                 where the method is chosen for particles.
             generator: Source of randomness; the sampler's own if None.
@@ -220,8 +220,8 @@ class EnergySampler:
         context = self._context(n, context)
         generator = self.generator if generator is None else generator
         if method is None:
-            method = "ancestral" if isinstance(self.coordinates, MeanFree) else "heun"
-            if method == "ancestral" and num_steps is None:
+            method = "multistep" if isinstance(self.coordinates, MeanFree) else "heun"
+            if method == "multistep" and num_steps is None:
                 num_steps = 4 * self.num_steps
         sampler = self.process(method, num_steps)
         if n < 0:

@@ -83,7 +83,7 @@ def test_particles_are_drawn_by_the_chain(monkeypatch):
         )  # fmt: skip
         assert sampler.sample(4, generator=rng()).shape == (4, n * s)
         sampler.sample(2, method="heun", generator=rng())
-        assert asked == [("ancestral", 24), ("heun", None)]
+        assert asked == [("multistep", 24), ("heun", None)]
         asked.clear()
 
 

@@ -195,7 +195,7 @@ def _posterior(make: Callable[[], Any], floor: float, **options: Any) -> Task:
 
 # A step of many pairs is dear and no path is worth much: smaller batches, one long cycle.
 PAIRS: dict[str, Any] = {
-    "config": {"batch_size": 256, "steps_per_cycle": 8000, "max_cycles": 1, "check_draws": 256,
+    "config": {"batch_size": 256, "steps_per_cycle": 6000, "max_cycles": 1, "check_draws": 256,
                "compile": True},
     "log_z_draws": 1024,
     "detail": 0.02,
