@@ -13,6 +13,8 @@ from results import FOLDER, load
 
 _NEVER = 1e7  # seconds
 _HUGE = 1e6
+_PLAIN = ("rw", "hmc", "pt", "langevin")
+_PEERS = ("ddpm-mcmc", "idem", "fab")  # as ddpm-exact, but from the energy
 _OFF = 30  # times the aim: drawn as arrows at the upper end
 DOCS = FOLDER.parent
 FIGURE = DOCS / "figures" / "boltzmann.png"
@@ -41,6 +43,45 @@ def spread(values: list[float], digits: int = 3) -> str:
 def plain(value: float, digits: int) -> str:
     """A number without more digits than it is worth."""
     return f"{value:.{digits}f}" if value < _HUGE else f"{value:.0e}"
+
+
+def overview(found: dict[str, dict[str, list[dict]]]) -> str:
+    """One row a target: raw draws against the aim, and the best of the others."""
+
+    def mean(name: str, method: str) -> float:
+        values = [record["raw"][TASKS[name].figure] for record in found[name][method]]
+        return sum(values) / len(values)
+
+    def best(name: str, methods: tuple[str, ...]) -> str:
+        there = [(mean(name, method), method) for method in methods if found[name][method]]
+        if not there:
+            return "–"
+        value, method = min(there)
+        return f"{plain(value, 3)} `{method}`"
+
+    lines = [
+        ["target", "figure", "perfect", "aim", "`rsm`", "seeds at the aim", "plain chains, best",
+         "peers, best", "evaluations"],
+    ]  # fmt: skip
+    lines.append(["---"] * len(lines[0]))
+    for name, task in TASKS.items():
+        records = found[name]["rsm"]
+        if records:
+            values = [record["raw"][task.figure] for record in records]
+            lines.append(
+                [
+                    f"[{name}](#{name})",
+                    task.figure,
+                    str(task.floor),
+                    str(task.reach),
+                    spread(values),
+                    f"{sum(v <= task.reach for v in values)} of {len(values)}",
+                    best(name, _PLAIN),
+                    best(name, _PEERS),
+                    f"{sum(r['evaluations'] for r in records) / len(records):,.0f}",
+                ]
+            )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def section(name: str, methods: dict[str, list[dict]]) -> str:
@@ -147,6 +188,13 @@ means in the coordinates that they are slow in; such a count cannot see what all
 
 *Dots: seeds, trained samplers blue; arrows: more than thirty times the aim. Grey line: a perfect
 sampler. Green line: the aim.*
+
+## All targets
+
+Raw draws of `rsm`, its mean over seeds and the range; of the others the best mean of any method at
+the same number of evaluations. *Perfect* is what exact draws score.
+
+{overview(found)}
 
 {(chr(10) * 2).join(sections)}
 
