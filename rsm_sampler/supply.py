@@ -42,6 +42,7 @@ _LEAST_EFFECTIVE = 3000  # draws that may renew a bank
 _LEAST_HELPED = 512  # points with gradients
 _NEARLY_NORMAL = 8.0  # times an inverse stiffness: squared noise up to which posteriors are so
 _RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
+_LEAPFROG, _MOVES = 10, 100  # steps of a move of theirs, unless there would be fewer moves
 
 
 class Batch(NamedTuple):
@@ -155,10 +156,11 @@ class Supply:
         self.adopt(self._helped(bank, reserve, report))
 
     def _relaxed(self, bank: Bank, evaluations: int) -> Bank:
-        """What chains of single steps visit that begin where the population of a bank ended.
+        """What chains that move by themselves visit, begun where the population of a bank ended.
 
         Differences of two configurations, by which a population moves, say little to particles.
-        The bank stays where the evaluations are but a few steps.
+        Without gradients the chains are random walks. The bank stays where the evaluations are
+        but a few steps.
         """
         start = bank.points[0][-2 * _WALKERS :]
         order = torch.randperm(len(start), generator=self.generator, device=start.device)
@@ -166,14 +168,16 @@ class Supply:
         x = self.coordinates.forward(start[:2])[0].float()
         works = self.gradients not in {"none", "differences"}
         works = works and differentiable(self.energy, x, "search")
-        steps = evaluations // (_WALKERS * (2 if works else 1))
+        leapfrog = max(1, min(_LEAPFROG, evaluations // (2 * _WALKERS * _MOVES)))
+        steps = evaluations // (_WALKERS * (2 * leapfrog if works else 1))
         if steps < 40:
             return bank
         before = self.energy.evaluations
         walked = run_mcmc(
             self._value,
             start,
-            method="mala" if works else "rw",
+            method="hmc" if works else "rw",
+            num_leapfrog=leapfrog,
             evaluations=evaluations,
             num_samples=min(_POINTS, steps // 2 * len(start)),
             warm_up=0.4,
