@@ -120,11 +120,11 @@ class ParticleTarget(Target):
         n: int,
         *,
         chains: int = 400,
-        burn_in: int = 4000,
-        thinning: int = 100,
+        burn_in: int = 400,
+        thinning: int = 20,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "n dim"]:
-        """Samples of long Metropolis-adjusted Langevin chains from independent random starts.
+        """Samples of long Hamiltonian chains from independent random starts.
 
         They are as good as the chains are long. Check them by :meth:`virial`, and by what two
         halves of the chains say of anything that matters.
@@ -132,9 +132,9 @@ class ParticleTarget(Target):
         Arguments:
             n: Number of samples; the last states of every chain, ``thinning`` steps apart.
             chains: Number of chains.
-            burn_in: Least number of steps of each chain before the first sample, which tune the
-                step size.
-            thinning: Steps between two samples of a chain.
+            burn_in: Least number of moves of each chain before the first sample, which tune the
+                step size. A move is ten leapfrog steps, 20 evaluations.
+            thinning: Moves between two samples of a chain.
             generator: Source of randomness.
 
         Returns:
@@ -147,6 +147,7 @@ class ParticleTarget(Target):
             n,
             burn_in=burn_in,
             thinning=thinning,
+            method="hmc",
             step_size=0.01,
             generator=generator,
         )

@@ -160,7 +160,7 @@ def test_exact_draws_are_exchangeable():
 
 def test_reference_chains_agree_with_exact_draws():
     """Energies of 100 independent chains: their means are independent, and so is the error."""
-    x = DW4.reference(1000, chains=100, burn_in=1500, thinning=100, generator=seeded(7))
+    x = DW4.reference(1000, chains=100, burn_in=150, thinning=10, generator=seeded(7))
     mean = DW4(x).view(100, -1).mean(1)
     assert abs(float(mean.mean()) - DW4.mean_energy) <= 5 * float(mean.std()) / 10
     torch.testing.assert_close(DW4.coordinates.centred(x), x)
@@ -168,7 +168,7 @@ def test_reference_chains_agree_with_exact_draws():
 
 def test_reference_chains_of_a_droplet_obey_the_virial_theorem():
     """Two halves agree, and the virial is (n - 1) s; five standard errors of chain means."""
-    x = LJ5.reference(1000, chains=100, burn_in=2000, thinning=100, generator=seeded(8))
+    x = LJ5.reference(1000, chains=100, burn_in=200, thinning=10, generator=seeded(8))
     virial = LJ5.virial(x).view(100, -1).mean(1)
     assert abs(float(virial.mean()) - 12) <= 5 * float(virial.std()) / 10
     energy = LJ5(x).view(100, -1).mean(1)
