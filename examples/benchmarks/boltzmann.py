@@ -71,12 +71,16 @@ def fitted(
     arguments = (target.energy, target.dim)
     given: dict[str, Any] = {"seed": seed, "particles": getattr(target, "particles", None)}
     started = time.perf_counter()
+    curve: list[tuple[int, float]] = []
     sampler: EnergySampler | FlowSampler
     if method in {"rsm", "rsm-values"}:
         gradients = {"gradients": "differences"} if method == "rsm-values" else {}
         config = TrainerConfig(**task.config)
         trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients, config=config)
-        sampler = trainer.fit(progress=sys.stderr.isatty())
+        sampler = trainer.fit(
+            progress=sys.stderr.isatty(),
+            callback=lambda state: curve.append((state.step, state.loss)),
+        )
     elif method == "ddpm-exact":
         sampler = ddpm(*arguments, samples=reference(target, 16_384, seed=seed).float(), **given)
     else:
@@ -91,6 +95,7 @@ def fitted(
         "fit_seconds": time.perf_counter() - started,
         "evaluations": sum(sampler.counts.values()),
         "counts": sampler.counts,
+        "curve": curve[:: math.ceil((len(curve) + 1) / 30)],
         "history": sampler.history[:: math.ceil((len(sampler.history) + 1) / 12)],
     }
     return sampler, record

@@ -201,7 +201,11 @@ PAIRS: dict[str, Any] = {
     "detail": 0.02,
     "refine_steps": 300,
 }  # fmt: skip
-
+MORE_PAIRS: dict[str, Any] = {
+    **PAIRS,
+    "config": {**PAIRS["config"], "batch_size": 64, "steps_per_cycle": 2400, "check_draws": 16},
+    "log_z_draws": 64,
+}  # a shorter run: 1,485 pairs
 
 TASKS: dict[str, Task] = {
     "many-well-32": Task(
@@ -240,7 +244,7 @@ TASKS: dict[str, Task] = {
         "dw4", 1000, 0.14, 0.20, seeds=3, start=2.0, refine_steps=100, config={"compile": True}
     ),
     "lj13": _cluster("lj13", 2000, 0.44, 2.0, seeds=3, start=1.0, **PAIRS),
-    "lj55": _cluster("lj55", 1000, 1.0, 28.0, seeds=1, start=1.7, **PAIRS),
+    "lj55": _cluster("lj55", 400, 1.0, 28.0, seeds=1, start=1.7, **MORE_PAIRS),
     # The worst of d means over n draws is off by about sqrt(2 log(2 d) / n).
     "breast-cancer": _posterior(lambda: energies.get("breast-cancer"), 0.029, start=1.0),
     "hare-lynx": _posterior(HareLynx, 0.024, start=1.0, differentiable=False),
