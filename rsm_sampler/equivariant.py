@@ -146,13 +146,13 @@ class EGNN(nn.Module):
         first, second = self.pairs
         gap = points.index_select(-2, first) - points.index_select(-2, second)
         distance, radius = _length(gap), _length(points)
-        bumps, gap = self._radial(distance), (gap / (1 + distance)).unsqueeze(-2)
+        bumps, gap = self._radial(distance), (gap / (1 + distance)).unsqueeze(-1)
         features = level + self.of_radius(self._radial(radius))
-        vectors = (points / (1 + radius)).unsqueeze(-2) * self.direction(level).unsqueeze(-1)
+        vectors = (points / (1 + radius)).unsqueeze(-1) * self.direction(level).unsqueeze(-2)
         for messages in self.rounds:
             features, vectors = messages(features, vectors, bumps, gap, level, self.pairs)
         share = self.share(nn.functional.silu(self.feature(features)))
-        return self.inside.inverse((share.unsqueeze(-1) * vectors).sum(-2).flatten(-2))
+        return self.inside.inverse((share.unsqueeze(-2) * vectors).sum(-1).flatten(-2))
 
     def _radial(self, distance: Tensor) -> Tensor:
         width = self.centres[1] - self.centres[0] if len(self.centres) > 1 else 1.0
@@ -191,23 +191,23 @@ class _Messages(nn.Module):
         own = self.of_particle(features)
         bounded = _bounded(vectors)
         one, other = bounded.index_select(-3, first), bounded.index_select(-3, second)
-        products = torch.cat([((one - other) * gap).sum(-1), (one * other).sum(-1)], -1)
+        products = torch.cat([((one - other) * gap).sum(-2), (one * other).sum(-2)], -1)
         scale, shift, scale_2, shift_2 = self.of_level(level).chunk(4, -1)
         hidden = own.index_select(-2, first) + own.index_select(-2, second)
         hidden = hidden + self.of_distance(bumps) + self.of_products(products)
         hidden = torch.addcmul(shift, hidden, 1 + scale)
         hidden = self.message(nn.functional.silu(hidden))
         message = nn.functional.silu(torch.addcmul(shift_2, hidden, 1 + scale_2))
-        push = gap * self.push(message).unsqueeze(-1)
+        push = gap * self.push(message).unsqueeze(-2)
         vectors = vectors.index_add(-3, first, push).index_add(-3, second, push, alpha=-1)
         gathered = torch.zeros_like(features)
         gathered = gathered.index_add(-2, first, message).index_add(-2, second, message)
         gathered = gathered / math.sqrt(features.shape[-2])
-        mixed = self.mix @ vectors
-        seen = torch.cat([features, gathered, (mixed * _bounded(vectors)).sum(-1)], -1)
+        mixed = nn.functional.linear(vectors, self.mix)
+        seen = torch.cat([features, gathered, (mixed * _bounded(vectors)).sum(-2)], -1)
         change = self.output(nn.functional.silu(self.feature(seen)))
         moved, gain = change.tensor_split((features.shape[-1],), -1)
-        return features + moved, vectors + gain.unsqueeze(-1) * mixed
+        return features + moved, vectors + gain.unsqueeze(-2) * mixed
 
 
 def _length(vector: Tensor) -> Tensor:
@@ -216,5 +216,5 @@ def _length(vector: Tensor) -> Tensor:
 
 
 def _bounded(vector: Tensor) -> Tensor:
-    """The vector, shorter than one."""
-    return vector * (1 + vector.square().sum(-1, keepdim=True)).rsqrt()
+    """Vectors, along the last axis but one, made shorter than one."""
+    return vector * (1 + vector.square().sum(-2, keepdim=True)).rsqrt()

@@ -244,7 +244,7 @@ TASKS: dict[str, Task] = {
         "dw4", 1000, 0.14, 0.20, seeds=3, start=2.0, refine_steps=100, config={"compile": True}
     ),
     "lj13": _cluster("lj13", 2000, 0.44, 2.0, seeds=3, start=1.0, **PAIRS),
-    "lj55": _cluster("lj55", 400, 1.0, 28.0, seeds=1, start=1.7, **MORE_PAIRS),
+    "lj55": _cluster("lj55", 400, 1.6, 28.0, seeds=1, start=1.7, **MORE_PAIRS),
     # The worst of d means over n draws is off by about sqrt(2 log(2 d) / n).
     "breast-cancer": _posterior(lambda: energies.get("breast-cancer"), 0.029, start=1.0),
     "hare-lynx": _posterior(HareLynx, 0.024, start=1.0, differentiable=False),
