@@ -240,8 +240,17 @@ TASKS: dict[str, Task] = {
         floor=0.025,
         reach=0.10,
     ),
+    # Densities of the flow are dear where a network has many pairs.
     "dw4": _cluster(
-        "dw4", 1000, 0.14, 0.20, seeds=3, start=2.0, refine_steps=100, config={"compile": True}
+        "dw4",
+        1000,
+        0.14,
+        0.20,
+        seeds=3,
+        start=2.0,
+        refine_steps=100,
+        log_z_draws=4096,
+        config={"compile": True, "check_draws": 1024},
     ),
     "lj13": _cluster("lj13", 2000, 0.44, 2.0, seeds=3, start=1.0, **PAIRS),
     "lj55": _cluster("lj55", 400, 1.6, 28.0, seeds=1, start=1.7, **MORE_PAIRS),
