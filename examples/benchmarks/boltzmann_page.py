@@ -45,19 +45,23 @@ def plain(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if value < _HUGE else f"{value:.0e}"
 
 
+def best(name: str, found: dict[str, list[dict]], methods: tuple[str, ...]) -> tuple[float, str]:
+    """Least mean figure of those methods, and whose it is."""
+    figure = TASKS[name].figure
+    means = [
+        (sum(record["raw"][figure] for record in found[method]) / len(found[method]), method)
+        for method in methods
+        if found[method]
+    ]
+    return min(means, default=(math.inf, ""))
+
+
 def overview(found: dict[str, dict[str, list[dict]]]) -> str:
     """One row a target: raw draws against the aim, and the best of the others."""
 
-    def mean(name: str, method: str) -> float:
-        values = [record["raw"][TASKS[name].figure] for record in found[name][method]]
-        return sum(values) / len(values)
-
-    def best(name: str, methods: tuple[str, ...]) -> str:
-        there = [(mean(name, method), method) for method in methods if found[name][method]]
-        if not there:
-            return "–"
-        value, method = min(there)
-        return f"{plain(value, 3)} `{method}`"
+    def shown(name: str, methods: tuple[str, ...]) -> str:
+        value, method = best(name, found[name], methods)
+        return f"{plain(value, 3)} `{method}`" if method else "–"
 
     lines = [
         ["target", "figure", "perfect", "aim", "`rsm`", "seeds at the aim", "plain chains, best",
@@ -76,12 +80,19 @@ def overview(found: dict[str, dict[str, list[dict]]]) -> str:
                     str(task.reach),
                     spread(values),
                     f"{sum(v <= task.reach for v in values)} of {len(values)}",
-                    best(name, _PLAIN),
-                    best(name, _PEERS),
+                    shown(name, _PLAIN),
+                    shown(name, _PEERS),
                     f"{sum(r['evaluations'] for r in records) / len(records):,.0f}",
                 ]
             )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    nearer = [
+        f"{name} (`{method}`)"
+        for name in TASKS
+        for value, method in [best(name, found[name], _PLAIN + _PEERS)]
+        if found[name]["rsm"] and value < best(name, found[name], ("rsm",))[0]
+    ]
+    return f"{table}\n\nAnother method comes nearer than `rsm` on: {', '.join(nearer) or 'none'}."
 
 
 def section(name: str, methods: dict[str, list[dict]]) -> str:
