@@ -81,9 +81,9 @@ class Ancestral(Sampler):
             energy: The energy, called once on all draws (and contexts).
             context: A context for each draw.
             generator: Source of randomness.
-            pilot: Number of the draws that measure :math:`m_t`. With 0 the variances are those of
-                (8), but for the last step, which has none: a path through it would have no
-                density. It then gets :math:`\sigma_1^2`.
+            pilot: Number of the draws that measure :math:`m_t`, at most n. With 0 the variances
+                are those of (8), but for the last step, which has none: a path through it would
+                have no density. It then gets :math:`\sigma_1^2`.
             chunk: Draws worked on at a time; bounds the memory and suits the cache.
 
         Returns:
@@ -99,7 +99,7 @@ class Ancestral(Sampler):
         check_draws(n, context)
         if pilot < 0:
             raise ValueError(f"pilot must be at least 0, got {pilot}")
-        variances = self._posterior_variances(pilot, context, generator)
+        variances = self._posterior_variances(min(pilot, n), context, generator)
         pieces = []
         for i in range(0, max(1, n), chunk):
             part = None if context is None else context[i : i + chunk]

@@ -64,9 +64,12 @@ FAB = FABConfig(levels=2, updates=8)
 
 
 def fitted(
-    task: Task, target: Any, method: str, seed: int
+    task: Task, target: Any, method: str, seed: int, kept: Path | None
 ) -> tuple[EnergySampler | FlowSampler, dict]:
-    """A trained sampler and what it took."""
+    """A trained sampler and what it took.
+
+    If a folder is given, training that was interrupted goes on from a checkpoint in it.
+    """
     # A plain function: the chains of another sampler are no use to one that knows its target.
     arguments = (target.energy, target.dim)
     given: dict[str, Any] = {"seed": seed, "particles": getattr(target, "particles", None)}
@@ -77,10 +80,13 @@ def fitted(
         gradients = {"gradients": "differences"} if method == "rsm-values" else {}
         config = TrainerConfig(**task.config)
         trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients, config=config)
+        state = None if kept is None else kept / f"{target.name}-{method}-{seed}.trainer.pt"
         sampler = trainer.fit(
             progress=sys.stderr.isatty(),
-            callback=lambda state: curve.append((state.step, state.loss)),
+            callback=lambda at: curve.append((at.step, at.loss)),
+            checkpoint_path=state,
         )
+        started = time.perf_counter() - trainer.seconds
     elif method == "ddpm-exact":
         sampler = ddpm(*arguments, samples=reference(target, 16_384, seed=seed).float(), **given)
     else:
@@ -210,7 +216,7 @@ def of_chains(
 
 
 def measure(name: str, method: str, seed: int, kept: Path | None = None) -> dict[str, Any]:
-    """One row; the trained sampler stays in that folder, if one is given."""
+    """One row; the trained sampler stays in that folder, if one is given, and so does training."""
     task = TASKS[name]
     target = task.make()
     target.name = name  # that of the results; targets of a family share theirs
@@ -225,7 +231,7 @@ def measure(name: str, method: str, seed: int, kept: Path | None = None) -> dict
         record |= error_of(result.log_z, target)
         record["log_z_se"] = result.log_z_se
         return record
-    sampler, record = fitted(task, target, method, seed)
+    sampler, record = fitted(task, target, method, seed, kept)
     if kept is not None and isinstance(sampler, EnergySampler):
         sampler.save(kept / f"{name}-{method}-{seed}.pt")
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -300,7 +306,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--again", action="store_true", help="also what is measured already")
-    parser.add_argument("--keep", type=Path, help="folder in which trained samplers stay")
+    parser.add_argument("--keep", type=Path, help="folder of checkpoints and trained samplers")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     np.seterr(all="raise", under="ignore")
@@ -314,6 +320,8 @@ def main() -> None:
                     continue
                 record = measure(name, method, seed, arguments.keep)
                 store("boltzmann", key, record)
+                if arguments.keep is not None:
+                    (arguments.keep / f"{name}-{method}-{seed}.trainer.pt").unlink(missing_ok=True)
                 error = record["log_z_error"]
                 print(
                     f"{key:34} raw {record['raw']} reweighted {record.get('reweighted')} "
