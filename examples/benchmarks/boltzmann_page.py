@@ -154,7 +154,7 @@ def draw(found: dict[str, dict[str, list[dict]]]) -> None:
         methods = [m for m in METHODS if m in found[name]]
         for i, method in enumerate(methods):
             values = [record["raw"][kind] for record in found[name][method]]
-            colour = "C0" if method.startswith("rsm") else "0.4"
+            colour = "C0" if method.startswith("rsm") else "0.4" if method in _PLAIN else "C1"
             top = _OFF * task.reach
             seen = [v for v in values if v <= top]
             ax.plot([i] * len(seen), seen, "o", color=colour, alpha=0.7)
@@ -197,8 +197,8 @@ means in the coordinates that they are slow in; such a count cannot see what all
 
 ![Figures of all seeds](figures/boltzmann.png)
 
-*Dots: seeds, trained samplers blue; arrows: more than thirty times the aim. Grey line: a perfect
-sampler. Green line: the aim.*
+*Dots: seeds, `rsm` blue, other trained samplers orange, plain chains grey; arrows: more than thirty
+times the aim. Grey line: a perfect sampler. Green line: the aim.*
 
 ## All targets
 
