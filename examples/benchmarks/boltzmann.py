@@ -19,8 +19,8 @@ Methods:
 
 Raw draws of the final model are measured, and apart from them reweighted ones and, of particles,
 refined ones: ends of short Metropolis chains from raw draws, whose evaluations are counted apart.
-Evaluations are those of the fit, warm start included; log Z takes 32,768 more (Lennard-Jones
-clusters 1,024). Every result is written to docs/results/boltzmann.json at once. The targets are
+Evaluations are those of the fit, warm start included; log Z takes 32,768 more (fewer for
+particles). Every result is written to docs/results/boltzmann.json at once. The targets are
 those of boltzmann_targets.py.
 """
 
