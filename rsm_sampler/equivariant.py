@@ -146,11 +146,11 @@ class EGNN(nn.Module):
         first, second = self.pairs
         gap = points.index_select(-2, first) - points.index_select(-2, second)
         distance, radius = _length(gap), _length(points)
-        bumps, gap = self._radial(distance), (gap / (1 + distance)).unsqueeze(-1)
+        bumps, between = self._radial(distance), (gap / (1 + distance)).unsqueeze(-1)
         features = level + self.of_radius(self._radial(radius))
         vectors = (points / (1 + radius)).unsqueeze(-1) * self.direction(level).unsqueeze(-2)
         for messages in self.rounds:
-            features, vectors = messages(features, vectors, bumps, gap, level, self.pairs)
+            features, vectors = messages(features, vectors, bumps, between, level, self.pairs)
         share = self.share(nn.functional.silu(self.feature(features)))
         return self.inside.inverse((share.unsqueeze(-2) * vectors).sum(-1).flatten(-2))
 
@@ -161,7 +161,11 @@ class EGNN(nn.Module):
 
 
 class _Messages(nn.Module):
-    """One round: messages of all pairs, then vectors and features change."""
+    """One round: messages of all pairs, then vectors and features change.
+
+    Features are (*, n, width), vectors (*, n, s, K), and of each pair there are radial functions,
+    (*, pairs, radial + 1), and what lies between its particles, r above, (*, pairs, s, 1).
+    """
 
     def __init__(
         self, width: int, radial: int, vectors: int, generator: torch.Generator | None
@@ -183,7 +187,7 @@ class _Messages(nn.Module):
         features: Tensor,
         vectors: Tensor,
         bumps: Tensor,
-        gap: Tensor,
+        between: Tensor,
         level: Tensor,
         pairs: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -191,14 +195,14 @@ class _Messages(nn.Module):
         own = self.of_particle(features)
         bounded = _bounded(vectors)
         one, other = bounded.index_select(-3, first), bounded.index_select(-3, second)
-        products = torch.cat([((one - other) * gap).sum(-2), (one * other).sum(-2)], -1)
+        products = torch.cat([((one - other) * between).sum(-2), (one * other).sum(-2)], -1)
         scale, shift, scale_2, shift_2 = self.of_level(level).chunk(4, -1)
         hidden = own.index_select(-2, first) + own.index_select(-2, second)
         hidden = hidden + self.of_distance(bumps) + self.of_products(products)
         hidden = torch.addcmul(shift, hidden, 1 + scale)
         hidden = self.message(nn.functional.silu(hidden))
         message = nn.functional.silu(torch.addcmul(shift_2, hidden, 1 + scale_2))
-        push = gap * self.push(message).unsqueeze(-2)
+        push = between * self.push(message).unsqueeze(-2)
         vectors = vectors.index_add(-3, first, push).index_add(-3, second, push, alpha=-1)
         gathered = torch.zeros_like(features)
         gathered = gathered.index_add(-2, first, message).index_add(-2, second, message)

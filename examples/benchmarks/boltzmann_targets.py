@@ -201,11 +201,12 @@ PAIRS: dict[str, Any] = {
     "detail": 0.02,
     "refine_steps": 300,
 }  # fmt: skip
+# A shorter run: 1,485 pairs.
 MORE_PAIRS: dict[str, Any] = {
     **PAIRS,
     "config": {**PAIRS["config"], "batch_size": 64, "steps_per_cycle": 2400, "check_draws": 16},
     "log_z_draws": 64,
-}  # a shorter run: 1,485 pairs
+}
 
 TASKS: dict[str, Task] = {
     "many-well-32": Task(
