@@ -67,9 +67,14 @@ def hare_lynx_energy(theta: npt.ArrayLike) -> _Array:
         populations = theta[:, 4:6].T.copy()
         error = np.exp(theta[:, 6:8]).T
 
+        growth = np.stack([alpha, -gamma])
+        coupling = np.stack([-beta, delta])  # of the other species
+
         def slope(logs: _Array) -> _Array:
-            prey, predator = np.exp(logs)
-            return np.stack([alpha - beta * predator, delta * prey - gamma])
+            rate = np.exp(logs[::-1])
+            rate *= coupling
+            rate += growth
+            return rate
 
         step = 1 / _STEPS
         energy = np.zeros(len(theta))
@@ -79,7 +84,7 @@ def hare_lynx_energy(theta: npt.ArrayLike) -> _Array:
                 second = slope(populations + 0.5 * step * first)
                 third = slope(populations + 0.5 * step * second)
                 fourth = slope(populations + step * third)
-                populations = populations + step / 6 * (first + 2 * (second + third) + fourth)
+                populations += step / 6 * (first + 2 * (second + third) + fourth)
             misfit = (observed[:, None] - populations) / error
             energy += (0.5 * misfit**2 + theta[:, 6:8].T).sum(0)
         for value, mean, std in (

@@ -105,9 +105,9 @@ class HareLynx:
     def reference(self, n: int, *, generator: torch.Generator) -> Tensor:
         """Ends of long random walks about the published estimates."""
         start = torch.tensor([0.55, 0.028, 0.80, 0.024, 33.9, 5.9, 0.25, 0.25]).double().log()
-        start = start + 0.05 * torch.randn(400, 8, dtype=torch.float64, generator=generator)
+        start = start + 0.05 * torch.randn(2000, 8, dtype=torch.float64, generator=generator)
         return long_chains(
-            self.energy, start, n, burn_in=3000, thinning=200, method="rw", generator=generator
+            self.energy, start, n, burn_in=3000, thinning=100, method="rw", generator=generator
         )
 
 
