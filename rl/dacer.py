@@ -197,7 +197,7 @@ class DACER(DiffusionAgent):
         """The factor on the noise."""
         return float(self._log_kappa.detach().exp())
 
-    def before_update(self) -> None:
+    def before_update(self, replay: ReplayBuffer) -> None:
         """Nothing: the noise is set where it is tuned."""
 
     # ------------------------------------------------------------------ actions

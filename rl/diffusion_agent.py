@@ -29,7 +29,7 @@ from rl.config import AgentConfig
 from rl.critics import Critic, best_candidate
 from rl.off_policy import NextAction, OffPolicyAgent, _slow_copy
 from rl.policies import ActionSource, ChainName, DiffusionPolicy
-from rl.replay import Batch
+from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.denoisers import Prediction
 from rsm_sampler.schedules import Cosine, DiscreteSchedule, Linear, VariancePreserving
 
@@ -238,7 +238,7 @@ class DiffusionAgent(OffPolicyAgent):
         copies = [copy for copy in (self.average, self.target_policy) if copy is not None]
         return [*super().slow_pairs(), *((copy, self.policy) for copy in copies)]
 
-    def before_update(self) -> None:
+    def before_update(self, replay: ReplayBuffer) -> None:
         """The exploration noise of this update."""
         config = self.config
         if config.kappa is not None:

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from rl.critics import Critic, frozen
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
-from rl.off_policy import NextAction
+from rl.off_policy import Alone, NextAction
 from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.gradients import value_and_gradient
 from rsm_sampler.losses import denoising_loss, noise_weight
@@ -130,22 +130,20 @@ class SecondActions:
         >>> one = torch.ones(3)
         >>> replay.add(Batch(*[one[:, None] if i in (0, 1, 3) else one for i in range(6)]))
         >>> second = SecondActions(replay)
-        >>> second.follow(replay)
+        >>> second.follow()
         >>> second.put(torch.tensor([1]), torch.tensor([[0.5]]))
         >>> second.actions[:3, 0], replay.all().action[:, 0]
         (tensor([1.0000, 0.5000, 1.0000]), tensor([1., 1., 1.]))
     """
 
     def __init__(self, replay: ReplayBuffer) -> None:
+        self.replay = replay
         self.actions = torch.zeros_like(replay.actions)
         self.count = 0
 
-    def follow(self, replay: ReplayBuffer) -> None:
-        """Take in the transitions that the replay was given since the last call.
-
-        Arguments:
-            replay: The replay.
-        """
+    def follow(self) -> None:
+        """Take in the transitions that the replay was given since the last call."""
+        replay = self.replay
         begin = max(self.count, replay.count - replay.capacity)
         if begin < replay.count:
             places = torch.arange(begin, replay.count, device=self.actions.device)
@@ -166,19 +164,11 @@ class SecondActions:
         """The actions in use, and the number of transitions they belong to."""
         return {"actions": self.actions[: self.count], "count": self.count}
 
-    @staticmethod
-    def fits(replay: ReplayBuffer, state: dict[str, Any]) -> bool:
-        """Whether a state can belong to transitions of a replay.
-
-        Arguments:
-            replay: The replay.
-            state: What :meth:`state` returned.
-        """
-        count = state["count"]
-        return count <= replay.count and len(state["actions"]) == min(count, replay.capacity)
-
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back :meth:`state`."""
+        """Take back :meth:`state`, if it can belong to transitions of this replay."""
+        count, capacity = state["count"], self.replay.capacity
+        if count > self.replay.count or len(state["actions"]) != min(count, capacity):
+            return
         self.actions[: len(state["actions"])] = state["actions"].to(self.actions)
         self.count = state["count"]
 
@@ -222,60 +212,79 @@ class DIPO(DiffusionAgent):
 
     name = "dipo"
     config_type = DIPOConfig
+    stackable = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
         super().__init__(*arguments, **options)
-        self._replay: ReplayBuffer | None = None
         self._second: SecondActions | None = None
         self._kept: dict[str, Any] | None = None
 
-    def update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
-        """One update on batches from the replay; see the base class."""
-        if self._replay is not replay:
+    def before_update(self, replay: ReplayBuffer) -> None:
+        """Second actions for what is new in the replay; see the base class."""
+        super().before_update(replay)
+        if self._second is None or self._second.replay is not replay:
             self._captured.clear()  # graphs know the second actions by their address
-            self._replay, self._second = replay, SecondActions(replay)
+            self._second = SecondActions(replay)
             kept, self._kept = self._kept, None
-            if kept is not None and self._second.fits(replay, kept):
+            if kept is not None:
                 self._second.load_state(kept)
-        assert self._second is not None
-        self._second.follow(replay)
-        return super().update(replay)
+        self._second.follow()
 
-    def policy_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, dict[str, Tensor]]:
-        """Denoising (9) of actions that have been moved uphill."""
+    def policy_batch(self, batch: Batch, runner: Alone) -> tuple[Batch, dict[str, Tensor]]:
+        """Other transitions of the replay, whose second actions have been moved uphill."""
+        found = runner.each(self, "visit")
+        assert found is not None
+        places, *columns = found
+        moved, metrics = runner.call(self._uphill, Batch(*columns))
+        if self.config.write_back:
+            runner.each(self, "keep", places, moved.action)
+        return moved, metrics
+
+    def visit(self) -> tuple[Tensor, ...]:
+        """Places of some transitions, and the transitions with their second actions."""
+        second = self._second
+        assert second is not None
+        places = second.replay.places(self.config.policy_states, generator=self.generator)
+        return places, *second.replay.at(places)._replace(action=second.actions[places])
+
+    def keep(self, places: Int[Tensor, " n"], action: Float[Tensor, "n act"]) -> None:
+        """Replace second actions; see :meth:`SecondActions.put`."""
+        assert self._second is not None
+        self._second.put(places, action)
+
+    def _uphill(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
         config: DIPOConfig = self.config
-        replay, second, n = self._replay, self._second, config.policy_states
-        assert replay is not None and second is not None
-        places = replay.places(n, generator=self.generator)
-        observation = self._standardised(replay.at(places).observation)
-        action = second.actions[places]
+        batch = self.standardised(batch)
         moved = ascend(
             self.critic,
-            observation,
-            action,
+            batch.observation,
+            batch.action,
             steps=config.action_steps,
             lr=config.action_lr,
             clip=config.action_clip,
         )
-        if config.write_back:
-            second.put(places, moved)
-        _, sigma = self._levels_of(n)
+        step = (moved - batch.action).norm(dim=-1).mean()
+        return batch._replace(action=moved), {"action_step": step}
+
+    def policy_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoising (9) of actions that have been moved uphill."""
+        _, sigma = self._levels_of(len(batch.action))
         loss = denoising_loss(
             self.policy.denoiser,
-            moved,
+            batch.action,
             sigma,
-            context=observation,
-            loss_weight=noise_weight if config.prediction == "noise" else None,
+            context=batch.observation,
+            loss_weight=noise_weight if self.config.prediction == "noise" else None,
             generator=self.generator,
         )
-        return loss.mean(), {"action_step": (moved - action).norm(dim=-1).mean()}
+        return loss.mean(), {}
 
     def release(self) -> None:
         """Let go of the replay; the second actions stay for it."""
         super().release()
         if self._second is not None:
             self._kept = self._second.state()
-        self._replay = self._second = None
+        self._second = None
 
     def state(self, *, training: bool = True) -> dict[str, Any]:
         """As the base class, with the second actions where training goes on."""
@@ -288,5 +297,5 @@ class DIPO(DiffusionAgent):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back :meth:`state`."""
         super().load_state(state)
-        self._replay = self._second = None
+        self._second = None
         self._kept = state.get("second_actions")

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.off_policy import NextAction, _slow_copy
-from rl.replay import Batch
+from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.losses import mirror_descent_loss, noise_weight
 
 __all__ = ["DPMD", "DPMDConfig"]
@@ -178,9 +178,9 @@ class DPMD(DiffusionAgent):
         """Lambda."""
         return float(self._log_temperature.exp())
 
-    def before_update(self) -> None:
+    def before_update(self, replay: ReplayBuffer) -> None:
         """Exploration noise, the old policy, and the temperature that is tied to the noise."""
-        super().before_update()
+        super().before_update(replay)
         config: DPMDConfig = self.config
         if config.temperature_is_kappa:
             self._log_temperature.fill_(math.log(self.kappa))

@@ -11,6 +11,7 @@ random number is drawn from its own agent's generator, in the order of a single 
 the way that it would go alone, up to rounding.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -84,6 +85,7 @@ class Lockstep(Alone):
         self._runs = torch.arange(len(agents), device=first.device)
         self._captured: dict[tuple[Any, ...], Captured] = {}
         self._inputs: dict[int, Tensor] = {}
+        self._replays: tuple[ReplayBuffer, ...] | None = None
 
     def _joined(self, optimisers: Sequence[torch.optim.Optimizer]) -> torch.optim.Adam:
         """One optimiser of the stacked parameters, whose moments the agents' own ones look at."""
@@ -154,17 +156,20 @@ class Lockstep(Alone):
         Returns:
             The numbers of each.
         """
-        (flags,) = {agent.begin_update() for agent in self.agents}
+        if self._replays is None or any(map(operator.is_not, replays, self._replays)):
+            self._captured.clear()  # graphs know what they read by its address
+            self._replays = tuple(replays)
+        pairs = zip(self.agents, replays, strict=True)
+        (flags,) = {agent.begin_update(replay) for agent, replay in pairs}
         set_lr(self._common.policy_optimiser, self.agents[0].policy_lr)
-        key = (*(id(replay) for replay in replays), *flags)
-        if key not in self._captured:
+        if flags not in self._captured:
             generators = [agent.generator for agent in self.agents]
-            self._captured[key] = Captured(
+            self._captured[flags] = Captured(
                 partial(self._update, replays, *flags), self._common.device, generators
             )
         for agent in self.agents:
             agent.updates += 1
-        found = self._captured[key]()
+        found = self._captured[flags]()
         return [
             {**{name: x[i] for name, x in found.items()}, **agent.after_update(replay)}
             for i, (agent, replay) in enumerate(zip(self.agents, replays, strict=True))
@@ -204,6 +209,17 @@ class Lockstep(Alone):
             for name, value in after.items():
                 self._tuned[name].copy_(value)
         return result
+
+    def each(
+        self, agent: OffPolicyAgent, method: str, *arguments: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """What every agent does with what it keeps to itself, of its part of the arguments."""
+        found = [
+            getattr(own, method)(*(x[i] for x in arguments)) for i, own in enumerate(self.agents)
+        ]
+        if found[0] is None:
+            return None
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
         """The stacked parameters of one of the networks."""

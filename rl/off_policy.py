@@ -59,6 +59,18 @@ class Alone:
         """The parameters of one of the agent's networks."""
         return list(module.parameters())
 
+    def each(
+        self, agent: "OffPolicyAgent", method: str, *arguments: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """What an agent does with what it keeps to itself.
+
+        Arguments:
+            agent: The agent.
+            method: Name of its method, which returns tensors or None.
+            *arguments: Its arguments.
+        """
+        return getattr(agent, method)(*arguments)
+
     def clip(self, parameters: list[Tensor], limit: float) -> None:
         """Shorten a gradient that is longer than a limit."""
         nn.utils.clip_grad_norm_(parameters, limit)
@@ -110,9 +122,18 @@ class OffPolicyAgent(BaseAgent):
         """The loss of a policy step, and numbers worth a log line.
 
         Arguments:
-            batch: Transitions with standardised observations.
+            batch: What :meth:`policy_batch` returned.
             drawn: What was drawn at the next states.
         """
+
+    def policy_batch(self, batch: Batch, runner: Alone) -> tuple[Batch, dict[str, Tensor]]:
+        """What a policy step learns from, and numbers for a log: by default the critics' batch.
+
+        Arguments:
+            batch: Transitions with standardised observations.
+            runner: How parts of an update are evaluated.
+        """
+        return batch, {}
 
     def critic_loss(self, batch: Batch, drawn: NextAction) -> tuple[Tensor, Tensor]:
         """The loss (28) of a critic step, and all members' values of the batch, (members, n).
@@ -133,8 +154,12 @@ class OffPolicyAgent(BaseAgent):
         """What is tuned after a policy step, a temperature for example."""
         return {}
 
-    def before_update(self) -> None:
-        """Host-side schedules, written to tensors of the device."""
+    def before_update(self, replay: ReplayBuffer) -> None:
+        """Host-side schedules, written to tensors of the device.
+
+        Arguments:
+            replay: The replay.
+        """
 
     def after_update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
         """What is done now and then, outside of what a graph captures; numbers for a log.
@@ -156,7 +181,7 @@ class OffPolicyAgent(BaseAgent):
         Returns:
             Numbers for a log, as tensors without axes: reading them makes the host wait.
         """
-        with_policy, with_target = self.begin_update()
+        with_policy, with_target = self.begin_update(replay)
         key = (id(replay), with_policy, with_target)
         if key not in self._captured:
             self._captured[key] = Captured(
@@ -167,14 +192,17 @@ class OffPolicyAgent(BaseAgent):
         self.updates += 1
         return {**self._captured[key](), **self.after_update(replay)}
 
-    def begin_update(self) -> tuple[bool, bool]:
+    def begin_update(self, replay: ReplayBuffer) -> tuple[bool, bool]:
         """The host's part: schedules and learning rate.
+
+        Arguments:
+            replay: The replay.
 
         Returns:
             Whether this update takes a step of the policy, and one of the slow copies.
         """
         config = self.config
-        self.before_update()
+        self.before_update(replay)
         with_policy = (self.updates + 1) % config.policy_period == 0
         if with_policy:
             set_lr(self.policy_optimiser, self.policy_lr)
@@ -214,9 +242,10 @@ class OffPolicyAgent(BaseAgent):
         batch, drawn, loss, metrics = runner.call(partial(self._critic_part, with_policy), batch)
         self._step(loss, self.critic_optimiser, runner)
         if with_policy:
-            loss, more = runner.call(self._policy_part, batch, drawn)
+            learned, more = self.policy_batch(batch, runner)
+            loss, others = runner.call(self._policy_part, learned, drawn)
             self._step(loss, self.policy_optimiser, runner)
-            metrics = metrics | more | runner.call(self._tuning_part, batch, drawn)
+            metrics = metrics | more | others | runner.call(self._tuning_part, batch, drawn)
         for _ in range(config.critic_steps - 1):
             self.critic_optimiser.step()
         if with_target:
@@ -231,10 +260,7 @@ class OffPolicyAgent(BaseAgent):
         self, with_policy: bool, batch: Batch
     ) -> tuple[Batch, dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """Standardised transitions, what was drawn, the critic's loss and numbers for a log."""
-        batch = batch._replace(
-            observation=self._standardised(batch.observation),
-            next_observation=self._standardised(batch.next_observation),
-        )
+        batch = self.standardised(batch)
         with torch.no_grad():
             drawn = self.next_action(batch, with_policy)
         loss, values = self.critic_loss(batch, drawn)
@@ -247,6 +273,13 @@ class OffPolicyAgent(BaseAgent):
         }
         kept = {name: x for name, x in drawn._asdict().items() if isinstance(x, Tensor)}
         return batch, kept, loss, metrics
+
+    def standardised(self, batch: Batch) -> Batch:
+        """Transitions with standardised observations, of raw ones."""
+        return batch._replace(
+            observation=self._standardised(batch.observation),
+            next_observation=self._standardised(batch.next_observation),
+        )
 
     def _policy_part(
         self, batch: Batch, drawn: dict[str, Tensor]

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.off_policy import NextAction
-from rl.replay import Batch
+from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.losses import mirror_descent_loss, noise_weight
 
 __all__ = ["QVPO", "QVPOConfig"]
@@ -166,9 +166,9 @@ class QVPO(DiffusionAgent):
         super().__init__(*arguments, **options)
         self._share = torch.full((), float(self.config.uniform_share), device=self.device)
 
-    def before_update(self) -> None:
+    def before_update(self, replay: ReplayBuffer) -> None:
         """The share of the uniform law."""
-        super().before_update()
+        super().before_update(replay)
         config: QVPOConfig = self.config
         done = min(1.0, self.updates / config.uniform_share_updates)
         fall = config.uniform_share_final - config.uniform_share

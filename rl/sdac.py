@@ -46,7 +46,7 @@ from torch import Tensor
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.entropy import PolicyEntropy, missing_entropy
 from rl.off_policy import NextAction
-from rl.replay import Batch
+from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.annealing import annealed_estimate
 from rsm_sampler.box_kernel import AnchoredKernel, TruncatedReverseKernel
 from rsm_sampler.estimators import posterior_estimate
@@ -195,9 +195,9 @@ class SDAC(DiffusionAgent):
         """Lambda, in units of scaled reward."""
         return float(self._log_temperature.exp())
 
-    def before_update(self) -> None:
+    def before_update(self, replay: ReplayBuffer) -> None:
         """Exploration noise, and the temperature that is tied to it."""
-        super().before_update()
+        super().before_update(replay)
         config = self.config
         if config.temperature_rule == "kappa":
             self._log_temperature.fill_(math.log(config.temperature * self.kappa / config.kappa))

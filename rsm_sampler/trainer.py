@@ -13,7 +13,7 @@ r"""From an energy to a sampler: the training loop.
    draws noisy points from ``proposal`` and K clean candidates for each: loss (14), K energy
    evaluations and one network call per noisy point;
 3. **check** after each cycle: exact importance weights of fresh draws give the effective sample
-   size. Training stops when it is high enough or, beyond sixteen dimensions, no longer grows;
+   size. Training stops when it is high enough or, beyond sixteen dimensions, hardly grows;
    when the cycles are used up, or when the budget is;
 4. **renew** a bank of chains, where the sampler has become good enough: its own draws with the
    exact weights of their paths are the next bank, a step of mirror descent from the sampler to
@@ -63,6 +63,7 @@ __all__ = ["EnergyDiffusionTrainer", "Progress"]
 
 _KIND, _VERSION = "trainer", 4
 _LEAST_BUDGET = 500
+_WORTH_A_CYCLE = 1.25  # growth of the share of the effective sample size
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
 
 
@@ -305,11 +306,14 @@ class EnergyDiffusionTrainer:
         if not self.history:
             return False
         ess = [record["ess"] for record in self.history]
-        # Path weights never come near to it; what more training brings is soon too little.
-        settled = (
-            self.coordinates.reduced > EXACT_DENSITY and len(ess) > 1 and ess[-1] < 1.1 * ess[-2]
-        )
+        # Path weights never come near to it. Another cycle takes as long as all before it.
+        settled = self._by_paths and len(ess) > 1 and ess[-1] < _WORTH_A_CYCLE * ess[-2]
         return ess[-1] >= share or settled
+
+    @property
+    def _by_paths(self) -> bool:
+        """Whether there are too many dimensions for checks by the density."""
+        return self.coordinates.reduced > EXACT_DENSITY
 
     def fit(
         self,
@@ -399,10 +403,11 @@ class EnergyDiffusionTrainer:
     def _length(self) -> int:
         """Steps of the present cycle; fewer where the bank has been seen often enough."""
         length = round(self.config.steps_per_cycle * 1.5**self.cycle)
-        if self.supply.helped:
-            length = max(1, length // 2)
         if self.loss == "reverse-sampling" or self.bank is None:
             return length
+        plain = self.contexts is None and not isinstance(self.coordinates, MeanFree)
+        if self.supply.helped or (plain and self._by_paths):
+            length = max(1, length // 2)
         most = max(500, int(self.config.max_epochs * self.bank.ess / self.config.batch_size))
         return max(0, min(length, most - self.step + self.step_in_cycle + self._first_step))
 

@@ -23,7 +23,8 @@ class TrainerConfig:
         bank_contexts: Number of contexts in the bank of a conditional energy: half of them as they
             are drawn, half the most scattered of 32 times as many draws.
         steps_per_cycle: Optimiser steps of the first cycle; each later one has half as many again.
-            With gradients at the points of the bank half of that does.
+            With gradients at the points of the bank half of that does, and beyond sixteen
+            dimensions but for particles or with contexts.
         max_cycles: Most cycles.
         max_epochs: Most passes over the bank, counted by its effective size; more would learn its
             points by heart.

@@ -395,7 +395,7 @@ def test_dpmd_loss_of_several_draws_is_equation_13_within_each_state():
 def test_published_dpmd_weights_are_not_normalised():
     agent = in_double(dpmd("official"))
     data = batch(dtype=DOUBLE)
-    agent.before_update()
+    agent.before_update(ReplayBuffer(4, OBS, ACT))
     agent.generator.manual_seed(7)
     loss, _ = agent.policy_loss(data, NextAction(data.action))
     g = rng(7)

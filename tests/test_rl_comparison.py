@@ -159,7 +159,7 @@ def test_only_agents_that_can_be_batched_are(tmp_path):
     """The others, those of stable-baselines3 too, have a process for each run."""
     runs = [
         _Run(agent, env, seed, tmp_path)
-        for agent in ("sdac", "dipo", "sac")
+        for agent in ("sdac", "dppo", "sac")
         for env in ("x", "y")
         for seed in (0, 1)
     ]

@@ -61,6 +61,8 @@ def filled(seed, n=300):
         ("qvpo", "official", {"warmup_steps": 0}),
         ("qsm", "corrected", {}),
         ("qsm", "icml2025", {"warmup_steps": 0}),
+        ("dipo", "corrected", {"action_lr": 0.1}),
+        ("dipo", "official", {"warmup_steps": 0, "action_clip": 1e-3}),
         ("dacer", "corrected", {"entropy_states": 4, "entropy_draws": 16, "kappa_period": 5}),
         ("dacer", "icml2025", {"warmup_steps": 0, "policy_states": 8, "kappa_lr": 0.0}),
     ],
@@ -160,7 +162,7 @@ def test_agents_that_cannot_be_stacked_are_refused():
     later.updates = 3
     for agents, message in (
         ([], "at least one"),
-        ([rl.DIPO(3, 2, device="cpu")], "stackable kind, got dipo"),
+        ([rl.DPPO(3, 2, device="cpu")], "stackable kind, got dppo"),
         ([dpmd(), rl.SDAC(3, 2, device="cpu")], "one kind, got dpmd and sdac"),
         ([dpmd(), dpmd(width=8)], "one config"),
         ([dpmd(), rl.DPMD(4, 2, config, device="cpu")], "one observation_dim, got 3 and 4"),
@@ -183,7 +185,7 @@ def several(agent="dpmd", env="Pendulum-v1", **options):
 
 
 @pytest.mark.parametrize(
-    ("agent", "batched"), [("dpmd", True), ("sdac", True), ("dpmd", False), ("dipo", None)]
+    ("agent", "batched"), [("dpmd", True), ("sdac", True), ("dpmd", False), ("dipo", True)]
 )
 def test_several_seeds_are_the_runs_of_each(agent, batched, tmp_path):
     """The same agents, evaluations and logs: bit for bit one after the other, else nearly."""
@@ -271,9 +273,10 @@ def test_bad_arguments_of_several_seeds_are_named():
         ({"env": Counter()}, "env must be an id or a function"),
         ({"eval_env": Counter()}, "eval_env must be an id or a function"),
         ({"agent": "sac"}, "for several seeds, got 'sac'"),
-        ({"agent": "dipo", "batched": True}, "batched must be False or None"),
     ):
         with pytest.raises(ValueError, match=message):
             several(**options)
+    with pytest.raises(ValueError, match="batched must be False or None for the agent .dppo."):
+        rl.train_seeds("dppo", "Pendulum-v1", seeds=2, total_steps=9, batched=True)
     with pytest.raises(ValueError, match=r"seeds must go to rl.train_seeds, got 5"):
         rl.train_sdac("Pendulum-v1", total_steps=9, seeds=5)

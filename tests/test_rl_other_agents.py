@@ -12,7 +12,7 @@ from rl.critics import Critic
 from rl.dacer import DACER, DACERConfig
 from rl.dipo import DIPO, DIPOConfig, SecondActions, ascend
 from rl.mixtures import fit_mixtures
-from rl.off_policy import NextAction
+from rl.off_policy import Alone, NextAction
 from rl.policies import DiffusionPolicy, inward_cut
 from rl.qsm import QSM, LangevinPolicy, QSMConfig
 from rl.qvpo import QVPO, QVPOConfig
@@ -212,13 +212,13 @@ def test_ascent_is_adam_within_the_box(clip):
 def test_dipo_loss_is_denoising_of_moved_actions(write_back):
     agent, replay = make(DIPO, write_back=write_back), filled_replay()
     replay._rows = [rows.double() for rows in replay._rows]
-    agent._replay, agent._second = replay, SecondActions(replay)
-    agent._second.follow(replay)
+    agent.before_update(replay)
     start = 0.5 * agent._second.actions.clone()
     agent._second.actions.copy_(start)
     taken = replay.actions.clone()
     agent.generator.manual_seed(7)
-    loss, _ = agent.policy_loss(batch(dtype=DOUBLE), NextAction(taken[:N]))
+    moved, _ = agent.policy_batch(batch(dtype=DOUBLE), Alone())
+    loss, _ = agent.policy_loss(moved, NextAction(taken[:N]))
     g = rng(7)
     places = (torch.rand(N, dtype=DOUBLE, generator=g) * 64).long()
     sigma = agent.policy.sigmas[torch.randint(1, 11, (N,), generator=g)]
@@ -245,7 +245,7 @@ def test_second_actions_follow_the_ring():
     for n, fresh in ((6, range(6)), (3, range(6, 9)), (3, (9, 0, 1)), (0, ()), (10, range(10))):
         replay.add(Batch(*(rows[:n] for rows in data)))
         before = second.actions.clone()
-        second.follow(replay)
+        second.follow()
         for place in range(10):
             source = replay.actions if place in fresh else before
             assert torch.equal(second.actions[place], source[place])
@@ -256,10 +256,9 @@ def test_second_actions_climb_to_the_optimum_and_are_saved_for_training_alone():
     agent = make(DIPO, double=False, action_lr=0.05)
     agent.critic = Quadratic(0.4, 1.0)
     replay = filled_replay()
-    agent._replay, agent._second = replay, SecondActions(replay)
-    agent._second.follow(replay)
+    agent.before_update(replay)
     for _ in range(60):
-        agent.policy_loss(batch(), NextAction(batch().action))
+        agent.policy_batch(batch(), Alone())
     error = (agent._second.actions - 0.4).abs()
     assert error.mean() < 0.03 < (replay.actions - 0.4).abs().mean()
     agent = make(DIPO, double=False)
@@ -473,7 +472,7 @@ def test_qvpo_loss_is_weighted_denoising_of_the_best_and_of_uniform_actions(pres
         with torch.no_grad():
             agent.critic.biases[-1].add_(1.0)  # some values above 1, some below
     data, config = batch(dtype=DOUBLE), agent.config
-    agent.before_update()
+    agent.before_update(filled_replay())
     agent.generator.manual_seed(7)
     loss, _ = agent.policy_loss(data, NextAction(data.action))
 
@@ -609,7 +608,8 @@ def test_policy_steps_leave_the_critics_alone():
         agent.update(filled_replay())
         before = [p.grad.clone() for p in agent.critic.parameters()]
         drawn = agent.next_action(batch(), True)
-        agent.policy_loss(batch(), drawn)[0].backward(inputs=list(agent.policy.parameters()))
+        learned, _ = agent.policy_batch(batch(), Alone())
+        agent.policy_loss(learned, drawn)[0].backward(inputs=list(agent.policy.parameters()))
         for old, parameter in zip(before, agent.critic.parameters(), strict=True):
             assert torch.equal(old, parameter.grad) and parameter.requires_grad
 
