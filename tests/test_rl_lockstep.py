@@ -276,7 +276,7 @@ def test_bad_arguments_of_several_seeds_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             several(**options)
-    with pytest.raises(ValueError, match="batched must be False or None for the agent .dppo."):
+    with pytest.raises(ValueError, match=r"batched must be False or None for the agent .dppo."):
         rl.train_seeds("dppo", "Pendulum-v1", seeds=2, total_steps=9, batched=True)
     with pytest.raises(ValueError, match=r"seeds must go to rl.train_seeds, got 5"):
         rl.train_sdac("Pendulum-v1", total_steps=9, seeds=5)

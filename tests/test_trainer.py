@@ -61,6 +61,33 @@ def same(first, second):
     assert first.counts == second.counts
 
 
+@pytest.mark.parametrize(("dim", "settles"), [(16, False), (17, True)])
+def test_training_beyond_sixteen_dimensions_ends_when_a_cycle_brings_little(dim, settles):
+    """There no check says that all is learned: growth by a quarter has to pay for a cycle."""
+    trainer = EnergyDiffusionTrainer(normal, dim, config=tiny())
+    for ess, ends in (([0.2], False), ([0.2, 0.26], False), ([0.2, 0.26, 0.3], settles)):
+        trainer.history = [{"ess": share} for share in ess]
+        assert trainer.converged == ends
+
+
+def test_cycles_beyond_sixteen_dimensions_are_short():
+    """But not of particles, and not of loss (14), whose every step sees points of its own."""
+
+    def length(dim, **options):
+        trainer = EnergyDiffusionTrainer(normal, dim, config=tiny(max_epochs=10**6), **options)
+        trainer.supply.adopt(Bank.of_samples(torch.randn(64, trainer.coordinates.reduced)))
+        found = []
+        for trainer.cycle in range(2):
+            found.append(trainer._length())
+        return found
+
+    assert length(16) == [120, 180]
+    assert length(17) == [60, 90]
+    assert length(24, particles=(8, 3)) == [120, 180]
+    law = GaussianProposal(torch.zeros(17), 2.0)
+    assert length(17, loss="reverse-sampling", proposal=law) == [120, 180]
+
+
 # End to end
 
 
