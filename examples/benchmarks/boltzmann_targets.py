@@ -255,7 +255,8 @@ TASKS: dict[str, Task] = {
     ),
     "lj13": _cluster("lj13", 2000, 0.44, 2.0, seeds=3, start=1.0, **PAIRS),
     "lj55": _cluster("lj55", 400, 1.6, 28.0, seeds=1, start=1.7, **MORE_PAIRS),
-    # The worst of d means over n draws is off by about sqrt(2 log(2 d) / n).
+    # The worst of d means over n draws is off by about sqrt(2 log(2 d) (1 / n + 1 / m)), with
+    # m what the reference is worth: 12,000 of 100,000 draws where it is a random walk.
     "breast-cancer": _posterior(lambda: energies.get("breast-cancer"), 0.029, start=1.0),
-    "hare-lynx": _posterior(HareLynx, 0.024, start=1.0, differentiable=False),
+    "hare-lynx": _posterior(HareLynx, 0.032, start=1.0, differentiable=False),
 }
