@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy import MeteredEnergy, metered
 
 __all__ = [
     "HMC",
@@ -46,7 +46,6 @@ __all__ = [
     "Kernel",
     "Langevin",
     "RandomWalk",
-    "metered",
     "normal_like",
     "uniform_like",
 ]
@@ -396,24 +395,6 @@ def _mean_to(value: Tensor, shape: torch.Size) -> Tensor:
     """Mean over the leading axes that ``shape`` does not have."""
     extra = value.ndim - len(shape)
     return value.mean(dim=tuple(range(extra))) if extra else value
-
-
-def metered(energy: Energy | MeteredEnergy, dim: int) -> MeteredEnergy:
-    """The energy with counters: the given one's own, or fresh ones.
-
-    Arguments:
-        energy: Callable from points ``(n, dim)`` to energies ``(n,)``.
-        dim: Dimension of a point.
-
-    Returns:
-        The metered energy.
-
-    Example:
-        >>> target = metered(lambda x: x.square().sum(-1), 2)
-        >>> metered(target, 2) is target
-        True
-    """
-    return energy if isinstance(energy, MeteredEnergy) else MeteredEnergy(energy, dim)
 
 
 def _evaluated(target: MeteredEnergy, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:

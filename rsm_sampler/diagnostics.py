@@ -91,7 +91,7 @@ class Examinable(Protocol):
         self,
         n: int,
         *,
-        energy: MeteredEnergy | None = None,
+        energy: Callable[..., Tensor] | None = None,
         context: Any = None,  # noqa: ANN401
         generator: torch.Generator | None = None,
     ) -> _Draws:

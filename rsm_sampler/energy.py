@@ -22,7 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["BudgetExceededError", "Energy", "EnergyError", "MeteredEnergy", "well_formed"]
+__all__ = [
+    "BudgetExceededError",
+    "Energy",
+    "EnergyError",
+    "MeteredEnergy",
+    "metered",
+    "well_formed",
+]
 
 
 class Energy(Protocol):
@@ -243,6 +250,26 @@ class MeteredEnergy:
 
     def _read_tally(self) -> list[int]:
         return [0, 0, 0] if self._tally is None else self._tally.tolist()
+
+
+def metered(
+    energy: Callable[..., Tensor] | MeteredEnergy, dim: int, *, context_dim: int | None = None
+) -> MeteredEnergy:
+    """The energy with counters: the given one's own, or fresh ones.
+
+    Arguments:
+        energy: Callable from points ``(n, dim)`` to energies ``(n,)``.
+        dim: Dimension of a point.
+        context_dim: Dimension of a context; None if the energy takes none.
+
+    Example:
+        >>> target = metered(lambda x: x.square().sum(-1), 2)
+        >>> metered(target, 2) is target
+        True
+    """
+    if isinstance(energy, MeteredEnergy):
+        return energy
+    return MeteredEnergy(energy, dim, context_dim=context_dim)
 
 
 def well_formed(value: Tensor, points: Float[Tensor, "*batch dim"]) -> Float[Tensor, " n"]:

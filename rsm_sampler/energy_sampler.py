@@ -20,7 +20,7 @@ from rsm_sampler import checkpoint
 from rsm_sampler.ancestral import Ancestral, Multistep
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.diagnostics import Diagnosis, diagnose
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy import MeteredEnergy, metered
 from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.flows import DDIM, Heun
 from rsm_sampler.mcmc import RefineResult, refine
@@ -261,7 +261,7 @@ class EnergySampler:
         self,
         n: int,
         *,
-        energy: MeteredEnergy | None = None,
+        energy: Callable[..., Tensor] | None = None,
         context: ContextLike = None,
         paths: bool | None = None,
         num_steps: int | None = None,
@@ -275,19 +275,19 @@ class EnergySampler:
 
         Arguments:
             n: Number of draws.
-            energy: The energy; the sampler's own if None.
+            energy: The energy, plain or on a meter; the sampler's own if None.
             context: One context for all draws, or one for each.
             paths: Whether weights are those of paths; beyond 16 dimensions if None.
             num_steps: Number of noise levels; the sampler's if None, four times that for paths.
             purpose: The energy's account.
             generator: Source of randomness; the sampler's own if None.
         """
-        energy = self._energy(energy)
+        meter = self._energy(energy)
         if not (self.coordinates.reduced > EXACT_DENSITY if paths is None else paths):
             x, log_prob = self.sample_with_log_prob(
                 n, context=context, num_steps=num_steps, generator=generator
             )
-            value = energy(x, self._context(n, context), purpose=purpose)
+            value = meter(x, self._context(n, context), purpose=purpose)
             return WeightedDraws(x, -value - log_prob, value, log_prob)
         full = self._context(n, context)
         chain = self.process("ancestral", num_steps or 4 * self.num_steps)
@@ -297,7 +297,7 @@ class EnergySampler:
 
         def in_z(z: Tensor, c: Tensor | None = None) -> Tensor:
             x, log_det = self._to_x(z)
-            value = energy(x, c, purpose=purpose)
+            value = meter(x, c, purpose=purpose)
             ends.append((x, value))
             return value - log_det
 
@@ -395,13 +395,10 @@ class EnergySampler:
         seed: int | None = None,
     ) -> Diagnosis:
         """How far to trust the samples; see :func:`rsm_sampler.diagnostics.diagnose`."""
-        metered = None
-        if energy is not None:
-            metered = MeteredEnergy(energy, self.dim, context_dim=self.context_dim)
         return diagnose(
             self,
             n,
-            energy=self._energy(metered),
+            energy=self._energy(energy),
             context=context,
             witness_evaluations=witness_evaluations,
             seed=self.seed if seed is None else seed,
@@ -479,11 +476,11 @@ class EnergySampler:
         x, log_det = self.coordinates.forward(self.affine.forward(z))
         return x, log_det + self.affine.log_det
 
-    def _energy(self, energy: MeteredEnergy | None) -> MeteredEnergy:
+    def _energy(self, energy: Callable[..., Tensor] | None) -> MeteredEnergy:
         energy = self.energy if energy is None else energy
         if energy is None:
             raise ValueError("energy must be given for a sampler that was loaded without one")
-        return energy
+        return metered(energy, self.dim, context_dim=self.context_dim)
 
     def _context(self, n: int, context: Tensor | Sequence[float] | None) -> Tensor | None:
         if (context is None) != (self.context_dim is None):

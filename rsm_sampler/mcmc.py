@@ -27,9 +27,8 @@ from rsm_sampler.chains import (
     Kernel,
     Langevin,
     RandomWalk,
-    metered,
 )
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy import MeteredEnergy, metered
 from rsm_sampler.tempering import LadderStatistics, ParallelTempering
 
 __all__ = [

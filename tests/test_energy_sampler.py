@@ -210,6 +210,8 @@ def test_weights_give_log_z_without_bias():
     energy = MeteredEnergy(lambda x: target(x) - shift, 2)
     draws = sampler.weighted_draws(8192, energy=energy, generator=rng())
     assert energy.counts == {"diagnosis": 8192}
+    again = sampler.weighted_draws(8192, energy=lambda x: target(x) - shift, generator=rng())
+    assert torch.equal(again.log_weight, draws.log_weight)
     weight = (draws.log_weight.double() - shift).exp()
     se = float(weight.std()) / math.sqrt(8192)
     assert abs(float(weight.mean()) - 1) <= 5 * se

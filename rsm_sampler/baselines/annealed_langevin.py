@@ -26,9 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.baselines.standard import location
-from rsm_sampler.chains import GaussianPath, Langevin, metered, normal_like
+from rsm_sampler.chains import GaussianPath, Langevin, normal_like
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy import MeteredEnergy, metered
 
 __all__ = ["ChainSampler", "langevin"]
 

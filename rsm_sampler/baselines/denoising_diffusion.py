@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.baselines.standard import location
-from rsm_sampler.chains import metered
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy import MeteredEnergy, metered
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.trainer import EnergyDiffusionTrainer

@@ -318,7 +318,7 @@ class IDEMSampler(EnergySampler):
         self,
         n: int,
         *,
-        energy: MeteredEnergy | None = None,
+        energy: Callable[..., Tensor] | None = None,
         context: ContextLike = None,
         paths: bool | None = None,
         num_steps: int | None = None,

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from rsm_sampler.baselines.spline_flow import SplineFlow
 from rsm_sampler.baselines.standard import StandardEnergy
 from rsm_sampler.chains import HMC, GaussianPath
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy import MeteredEnergy, metered
 from rsm_sampler.energy_sampler import WeightedDraws
 from rsm_sampler.estimators import effective_sample_size, normalise
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
@@ -215,7 +215,7 @@ class FlowSampler:
         self,
         n: int,
         *,
-        energy: MeteredEnergy | None = None,
+        energy: Callable[..., Tensor] | None = None,
         purpose: str = "diagnosis",
         generator: torch.Generator | None = None,
     ) -> WeightedDraws:
@@ -223,12 +223,13 @@ class FlowSampler:
 
         Arguments:
             n: Number of draws.
-            energy: Another meter than that of the training.
+            energy: The energy, plain or on a meter; that of the training if None.
             purpose: The energy's account.
             generator: Source of randomness; the sampler's own if None.
         """
         x, log_prob = self.sample_with_log_prob(n, generator=generator)
-        value = (energy or self.target.meter)(x, purpose=purpose)
+        meter = self.target.meter if energy is None else metered(energy, x.shape[-1])
+        value = meter(x, purpose=purpose)
         return WeightedDraws(x, -value - log_prob, value, log_prob)
 
 

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.chains import metered
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy import MeteredEnergy, metered
 from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
 __all__ = ["StandardEnergy", "location"]
