@@ -366,26 +366,26 @@ class EnergyDiffusionTrainer:
         try:
             if self.bank is None:
                 self._search(bar.set_description_str)
-                self._save(path)
+                self._save(path, started)
             extended = self._enlarge(bar.set_description_str)
             while self._wants_cycle(cycles) or extended:
                 extended = False
                 if self._train_cycle(bar, started, callback, logger):
-                    self._save(path)
+                    self._save(path, started)
                     break
                 whole = self.step_in_cycle >= self._length()  # the budget did not end it early
                 self._check(logger, started)
                 self._renew(cycles, bar.set_description_str)
                 if whole:
                     self.cycle, self.step_in_cycle = self.cycle + 1, 0
-                self._save(path)
+                self._save(path, started)
         except KeyboardInterrupt:
-            self._save(path)
+            self._save(path, started)
             if self.bank is None:
                 raise
             bar.write("interrupted: returning what was learned so far")
         except BaseException:
-            self._save(path)
+            self._save(path, started)
             raise
         finally:
             self.seconds = time.perf_counter() - started
@@ -662,7 +662,8 @@ class EnergyDiffusionTrainer:
         """Write everything that an exact continuation needs."""
         checkpoint.save(path, self.state(), kind=_KIND, version=_VERSION)
 
-    def _save(self, path: Path | None) -> None:
+    def _save(self, path: Path | None, started: float) -> None:
+        self.seconds = time.perf_counter() - started
         if path is not None and self.bank is not None and self.team.leads:
             self.save(path)
 

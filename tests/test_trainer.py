@@ -234,6 +234,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, whole, how, step)
     second = EnergyDiffusionTrainer(two_modes(), 2, config=tiny())
     steps = []
     resumed = fit(second, checkpoint_path=path, callback=lambda p: steps.append(p.step))
+    assert second.seconds > first.seconds > 0  # the time before counts
     assert steps[0] == min(s for s in (100, 120, 200, 300) if s > step)
     same(whole, resumed)
     # The trainer that was interrupted can itself go on, too.
