@@ -306,7 +306,7 @@ class EnergyDiffusionTrainer:
         if not self.history:
             return False
         ess = [record["ess"] for record in self.history]
-        # Path weights never come near to it. Another cycle takes as long as all before it.
+        # Path weights never come near to it, and a cycle takes about as long as all before it.
         settled = self._by_paths and len(ess) > 1 and ess[-1] < _WORTH_A_CYCLE * ess[-2]
         return ess[-1] >= share or settled
 
