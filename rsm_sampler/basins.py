@@ -7,7 +7,7 @@ ends in is missing, and the weights do not show it.
 
 1. **Scouts** start far and wide and go downhill by L-BFGS. A narrow basin beside a wide one is
    not seen from afar. Later ones start between the basins found so far, and where coordinates of
-   two of them cross.
+   two of them cross; the last ones also beyond them.
 2. **Basins.** Scouts belong together if the energy half-way between them is not above the lower
    of the two. If most scouts are alone, there are too many modes for this: it ends here.
 3. **Components.** The curvature at the bottom of each basin gives it a covariance and a share
@@ -57,6 +57,7 @@ _LATER = 0.8  # of the effective draws of an earlier mixture, for a later one to
 _HOPELESS = 0.1  # likewise, for adaptation to end
 _ALONE = 0.6  # of the scouts: more have too many basins to find
 _NEAREST, _FARTHEST = 0.25, 256.0  # where scouts start, in units of what the bracket found
+_STRETCHED = 16.0  # where the last ones do, in units of the spread of the basins found
 
 
 def mixture_of_basins(
@@ -97,7 +98,11 @@ def mixture_of_basins(
         if more < 1:
             break
         half = more // 2 if len(x) < _ALL else 0
-        start = finder.between(x, label, more - half), finder.crossed(x, energy, label, half)
+        farthest = 1.0 if len(x) < _ALL else _STRETCHED
+        start = (
+            finder.between(x, label, more - half, farthest),
+            finder.crossed(x, energy, label, half),
+        )
         again, its_energy = finder.scouts(torch.cat(start))
         x, energy = torch.cat([x, again]), torch.cat([energy, its_energy])
         label = finder.basins(x, energy)
@@ -176,16 +181,22 @@ class _Basins:
         u = torch.rand(number, 1, dtype=x.dtype, device=x.device, generator=self.generator)
         return self.broad.loc + (x - self.broad.loc) * _NEAREST * (_FARTHEST / _NEAREST) ** u
 
-    def between(self, x: Tensor, label: Tensor, number: int) -> Tensor:
-        """Points spread as the basins found so far are.
+    def between(self, x: Tensor, label: Tensor, number: int, farthest: float) -> Tensor:
+        """Points spread as the basins found so far are, or up to so many times as far.
 
-        From nearer only those in the middle would be found, from farther off only the outer ones.
+        From nearer only those in the middle would be found, from far off only the outer ones: in
+        many dimensions nearly all are, and those at the rim are rarely the nearest to points
+        between the others.
         """
         rest = torch.stack([x[label == k][0] for k in range(int(label.amax()) + 1)])
         # Coordinate by coordinate: the basins not found yet lie in no span of the others.
         scale = (rest.var(0, correction=0) + self.broad.scale_tril.square().sum(-1)).sqrt()
         start = StudentT(rest.mean(0), scale.diag(), _TAIL)
-        return start.sample(number, self.generator)
+        points = start.sample(number, self.generator)
+        if farthest == 1:
+            return points
+        u = torch.rand(number, 1, dtype=x.dtype, device=x.device, generator=self.generator)
+        return torch.lerp(start.loc, points, farthest**u)
 
     def crossed(self, x: Tensor, energy: Tensor, label: Tensor, number: int) -> Tensor:
         """Some coordinates of one basin's bottom, the rest of another's.

@@ -135,6 +135,26 @@ def test_all_of_32_wells_are_found(dim):
     assert float(share.amin()) > 0.5 / 32
 
 
+def test_starts_from_far_off_see_the_rim():
+    """One of 41 modes lies 1.6 times as far out as the others, in 50 dimensions.
+
+    Where the widths are alike a descent ends at the nearest mode. Of 2,000 starts spread as the
+    modes are none is expected to be nearest to the outer one (|m|^2 - 2 x m falls short by 3
+    standard deviations of x m); from far off directions decide, and it has more than its share.
+    """
+    loc = torch.nn.functional.normalize(torch.randn(41, 50, dtype=DOUBLE, generator=rng()), dim=-1)
+    loc = 160 * loc
+    loc[0] *= 1.6
+    finder = _Basins(lambda x: x[:, 0], lambda x, _: x, 1, broad(50, 1.0), rng(1))
+
+    def share(farthest):
+        x = finder.between(loc, torch.arange(41), 2000, farthest)
+        return float((torch.cdist(x, loc).argmin(-1) == 0).double().mean())
+
+    assert share(1.0) < 0.005
+    assert share(16.0) > 1 / 41
+
+
 def test_what_crosses_two_basins_has_the_coordinates_of_either():
     target = energies.SymmetricManyWell(8, wells=2)
     finder = _Basins(target, slope_of(target), 2, broad(8, 2.0), rng())

@@ -204,7 +204,7 @@ PAIRS: dict[str, Any] = {
 # A shorter run: 1,485 pairs.
 MORE_PAIRS: dict[str, Any] = {
     **PAIRS,
-    "config": {**PAIRS["config"], "batch_size": 64, "steps_per_cycle": 2400, "check_draws": 16},
+    "config": {**PAIRS["config"], "batch_size": 32, "steps_per_cycle": 9600, "check_draws": 16},
     "log_z_draws": 64,
 }
 
