@@ -64,6 +64,7 @@ __all__ = ["EnergyDiffusionTrainer", "Progress"]
 _KIND, _VERSION = "trainer", 4
 _LEAST_BUDGET = 500
 _WORTH_A_CYCLE = 1.25  # growth of the share of the effective sample size
+_SAVE_EVERY = 600.0  # seconds of a cycle
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
 
 
@@ -333,8 +334,9 @@ class EnergyDiffusionTrainer:
             progress: Whether to show a progress bar; None to show it on a terminal.
             callback: Called every 100 steps; a true return value stops the training.
             logger: Receives loss, ess, evaluations and log_z.
-            checkpoint_path: A file that is written after the search, after every cycle, and
-                whenever training is interrupted. If it exists, training goes on from it.
+            checkpoint_path: A file that is written after the search, after every cycle, every
+                ten minutes of a long one, and whenever training is interrupted. If it exists,
+                training goes on from it.
 
         Returns:
             The sampler. After Ctrl-C, that of the weights so far.
@@ -370,7 +372,7 @@ class EnergyDiffusionTrainer:
             extended = self._enlarge(bar.set_description_str)
             while self._wants_cycle(cycles) or extended:
                 extended = False
-                if self._train_cycle(bar, started, callback, logger):
+                if self._train_cycle(bar, started, callback, logger, path):
                     self._save(path, started)
                     break
                 whole = self.step_in_cycle >= self._length()  # the budget did not end it early
@@ -501,6 +503,7 @@ class EnergyDiffusionTrainer:
         started: float,
         callback: Callable[[Progress], bool | None] | None,
         logger: Logger | None,
+        path: Path | None,
     ) -> bool:
         """One cycle; True if a callback asked to stop."""
         config = self.config
@@ -547,6 +550,8 @@ class EnergyDiffusionTrainer:
                     f"loss {mean_loss:.4f}, ess {ess:.3f}, {self.evaluations:,} evaluations"
                 )
                 seconds = time.perf_counter() - started
+                if seconds - self.seconds > _SAVE_EVERY:
+                    self._save(path, started)
                 if logger is not None:
                     logger.log(self.step, loss=mean_loss, evaluations=self.evaluations)
                 state = Progress(self.step, self.cycle, mean_loss, ess, self.evaluations, seconds)

@@ -241,6 +241,28 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, whole, how, step)
     same(whole, fit(first))
 
 
+def test_a_killed_run_goes_on_from_within_a_cycle(tmp_path, monkeypatch, whole):
+    """What the file holds at step 200 is all that is left of the first run."""
+    monkeypatch.setattr("rsm_sampler.trainer._SAVE_EVERY", 0.0)
+    path, left = tmp_path / "run.pt", tmp_path / "left.pt"
+
+    def killed(progress):
+        if progress.step == 200:
+            left.write_bytes(path.read_bytes())
+        return progress.step == 200
+
+    fit(
+        EnergyDiffusionTrainer(two_modes(), 2, config=tiny()),
+        checkpoint_path=path,
+        callback=killed,
+    )
+    second = EnergyDiffusionTrainer(two_modes(), 2, config=tiny())
+    steps = []
+    resumed = fit(second, checkpoint_path=left, callback=lambda p: steps.append(p.step))
+    assert steps[0] == 300
+    same(whole, resumed)
+
+
 def test_a_finished_run_resumes_to_itself(tmp_path):
     path = tmp_path / "run.pt"
     whole = fit(EnergyDiffusionTrainer(normal, 2, config=tiny()), checkpoint_path=path)
