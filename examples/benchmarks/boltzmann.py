@@ -75,10 +75,10 @@ def fitted(
     given: dict[str, Any] = {"seed": seed, "particles": getattr(target, "particles", None)}
     started = time.perf_counter()
     curve: list[tuple[int, float]] = []
+    config = TrainerConfig(**task.config)
     sampler: EnergySampler | FlowSampler
     if method in {"rsm", "rsm-values"}:
         gradients = {"gradients": "differences"} if method == "rsm-values" else {}
-        config = TrainerConfig(**task.config)
         trainer = EnergyDiffusionTrainer(*arguments, **given, **gradients, config=config)
         state = None if kept is None else kept / f"{target.name}-{method}-{seed}.trainer.pt"
         sampler = trainer.fit(
@@ -88,11 +88,12 @@ def fitted(
         )
         started = time.perf_counter() - trainer.seconds
     elif method == "ddpm-exact":
-        sampler = ddpm(*arguments, samples=reference(target, 16_384, seed=seed).float(), **given)
+        samples = reference(target, 16_384, seed=seed).float()
+        sampler = ddpm(*arguments, samples=samples, config=config, **given)
     else:
         given |= {"evaluations": budget(target.name, seed), "scale": task.start}
         if method == "ddpm-mcmc":
-            sampler = ddpm(*arguments, **given)
+            sampler = ddpm(*arguments, config=config, **given)
         elif method == "idem":
             sampler = idem(*arguments, **given, config=IDEM)
         else:
