@@ -287,7 +287,7 @@ def refined(
         energy,
         inside.inverse(x.double()),
         steps=task.refine_steps,
-        method="mala" if task.differentiable and method != "rsm-values" else "rw",
+        method=task.refine_by if task.differentiable and method != "rsm-values" else "rw",
         generator=generator,
     )
     return {

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy import stats
@@ -47,6 +47,7 @@ class Task:
         log_z_draws: Draws whose weights give log Z and the reweighted figure.
         refine_steps: Steps of the Metropolis chains that refine raw draws; 0 where the figure is
             one that short chains cannot move, such as the weights of modes.
+        refine_by: Their moves, where the energy has gradients.
     """
 
     make: Callable[[], Any]
@@ -64,6 +65,7 @@ class Task:
     config: dict[str, Any] = field(default_factory=dict)
     log_z_draws: int = 32_768
     refine_steps: int = 0
+    refine_by: Literal["mala", "hmc"] = "mala"
 
 
 # ---------------------------------------------------------------------- references
@@ -206,6 +208,8 @@ MORE_PAIRS: dict[str, Any] = {
     **PAIRS,
     "config": {**PAIRS["config"], "batch_size": 32, "steps_per_cycle": 9600, "check_draws": 16},
     "log_z_draws": 64,
+    "refine_steps": 50,
+    "refine_by": "hmc",
 }
 
 TASKS: dict[str, Task] = {
