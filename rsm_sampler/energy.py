@@ -28,6 +28,7 @@ __all__ = [
     "EnergyError",
     "MeteredEnergy",
     "metered",
+    "particles_of",
     "well_formed",
 ]
 
@@ -270,6 +271,19 @@ def metered(
     if isinstance(energy, MeteredEnergy):
         return energy
     return MeteredEnergy(energy, dim, context_dim=context_dim)
+
+
+def particles_of(
+    energy: Callable[..., Tensor], given: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """The particles ``(n, s)`` of an energy: those given, or its own attribute ``particles``.
+
+    Arguments:
+        energy: The energy.
+        given: What the user said.
+    """
+    known = getattr(energy, "particles", None)
+    return known if given is None and isinstance(known, tuple) else given
 
 
 def well_formed(value: Tensor, points: Float[Tensor, "*batch dim"]) -> Float[Tensor, " n"]:

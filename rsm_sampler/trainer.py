@@ -43,7 +43,7 @@ from rsm_sampler.bank import Bank
 from rsm_sampler.contexts import Contexts
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
+from rsm_sampler.energy import BudgetExceededError, MeteredEnergy, particles_of
 from rsm_sampler.energy_sampler import EXACT_DENSITY, EnergySampler
 from rsm_sampler.estimators import TargetForm
 from rsm_sampler.gradients import GradientMethod
@@ -54,7 +54,6 @@ from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
 from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import Proposal
 from rsm_sampler.schedules import EDM
-from rsm_sampler.search import FEW_DIMENSIONS
 from rsm_sampler.supply import Supply
 from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
@@ -193,9 +192,7 @@ class EnergyDiffusionTrainer:
         self.contexts = (
             None if context is None else Contexts(context, context_dim or 0, self.device)
         )
-        known = getattr(energy, "particles", None)
-        if particles is None and isinstance(known, tuple):
-            particles = known
+        particles = particles_of(energy, particles)
         if particles is not None:
             unfit = {"bounds": bounds, "context": context, "centre": centre, "proposal": proposal}
             for name, value in unfit.items():
@@ -203,6 +200,7 @@ class EnergyDiffusionTrainer:
                     raise ValueError(f"{name} must be None for particles, got {value}")
             if particles[0] * particles[1] != dim:
                 raise ValueError(f"particles must have n s equal to dim {dim}, got {particles}")
+        self.sizes = self.config.sizes(dim, particles)
         low, high = (-math.inf, math.inf) if bounds is None else bounds
         self.coordinates: Coordinates = (
             Bounds(low, high, dim) if particles is None else MeanFree(*particles)
@@ -272,25 +270,22 @@ class EnergyDiffusionTrainer:
 
     def _architecture(self, particles: tuple[int, int] | None) -> dict[str, Any]:
         """What describes the network: plain values."""
-        config = self.config
+        config, sizes = self.config, self.sizes
         if particles is not None:
             return {
                 "num_particles": particles[0],
                 "space_dim": particles[1],
-                "width": config.width or 64,
-                "depth": config.depth or 4,
+                "width": sizes.width,
+                "depth": sizes.depth,
             }
-        harmonics = config.harmonics
-        if harmonics is None:
-            harmonics = 0 if self.dim <= FEW_DIMENSIONS else 4
         return {
             "dim": self.dim,
             "context_dim": self.context_dim,
-            "width": config.width or (128 if self.dim <= FEW_DIMENSIONS else 192),
-            "depth": config.depth or 3,
+            "width": sizes.width,
+            "depth": sizes.depth,
             "frequencies": config.frequencies,
             "bandwidth": config.bandwidth,
-            "harmonics": harmonics,
+            "harmonics": sizes.harmonics,
         }
 
     @property
@@ -354,7 +349,7 @@ class EnergyDiffusionTrainer:
                     f"budget must be at least {_LEAST_BUDGET} evaluations, got {budget}"
                 )
             self.energy.budget = budget
-        cycles = self.config.max_cycles if max_cycles is None else max_cycles
+        cycles = self.sizes.max_cycles if max_cycles is None else max_cycles
         bar = tqdm(
             total=0,
             disable=True if not self.team.leads else None if progress is None else not progress,
@@ -404,20 +399,20 @@ class EnergyDiffusionTrainer:
 
     def _length(self) -> int:
         """Steps of the present cycle; fewer where the bank has been seen often enough."""
-        length = round(self.config.steps_per_cycle * 1.5**self.cycle)
+        length = round(self.sizes.steps_per_cycle * 1.5**self.cycle)
         if self.loss == "reverse-sampling" or self.bank is None:
             return length
         plain = self.contexts is None and not isinstance(self.coordinates, MeanFree)
         if self.supply.helped or (plain and self._by_paths):
             length = max(1, length // 2)
-        most = max(500, int(self.config.max_epochs * self.bank.ess / self.config.batch_size))
+        most = max(500, int(self.config.max_epochs * self.bank.ess / self.sizes.batch_size))
         return max(0, min(length, most - self.step + self.step_in_cycle + self._first_step))
 
     def _exhausted(self) -> bool:
         """Whether the budget has no room for a step of loss (14) and a check."""
         if self.loss != "reverse-sampling" or self.energy.remaining is None:
             return False
-        step = self.config.batch_size * self.config.num_draws
+        step = self.sizes.batch_size * self.config.num_draws
         return self.energy.remaining < step + self._check_size()
 
     def sampler(self) -> EnergySampler:
@@ -464,7 +459,7 @@ class EnergyDiffusionTrainer:
             self.supply.adopt(Bank.of_samples(points))
         else:
             self.supply.find(
-                reserve=self.config.max_cycles * self._check_size(),
+                reserve=self.sizes.max_cycles * self._check_size(),
                 # With loss (14) the bank only gives location and scale.
                 share=0.25 if self.loss == "reverse-sampling" else 1.0,
                 centre=self.centre,
@@ -576,7 +571,7 @@ class EnergyDiffusionTrainer:
 
     def _loss(self) -> Tensor:
         config, generator = self.config, self.generator
-        n = config.batch_size
+        n = self.sizes.batch_size
         levels = max(1, n // _POINTS_PER_LEVEL)
         n = n // levels * levels
         u = torch.rand(levels, device=self.device, generator=generator)
@@ -624,7 +619,7 @@ class EnergyDiffusionTrainer:
     # ------------------------------------------------------------------ checks
 
     def _check_size(self) -> int:
-        size = self.config.check_draws
+        size = self.sizes.check_draws
         if self.energy.budget is not None:
             size = min(size, self.energy.budget // 40)
         return max(16, size)

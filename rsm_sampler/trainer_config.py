@@ -7,12 +7,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["TrainerConfig"]
+from rsm_sampler.energy_sampler import EXACT_DENSITY
+from rsm_sampler.search import FEW_DIMENSIONS
+
+__all__ = ["Sizes", "TrainerConfig"]
+
+_PAIRS = 24_000  # of particles, in a batch or a check
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a configuration may leave open; see there."""
+
+    steps_per_cycle: int
+    max_cycles: int
+    batch_size: int
+    check_draws: int
+    width: int
+    depth: int
+    harmonics: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How to train; the defaults serve any energy in a few dimensions.
+    """How to train; what is None the trainer chooses by dimension and symmetry.
 
     Attributes:
         search_evaluations: Energy evaluations of the search before the bank, without a budget.
@@ -24,16 +42,19 @@ class TrainerConfig:
             are drawn, half the most scattered of 32 times as many draws.
         steps_per_cycle: Optimiser steps of the first cycle; each later one has half as many again.
             With gradients at the points of the bank half of that does, and beyond sixteen
-            dimensions but for particles or with contexts.
-        max_cycles: Most cycles.
+            dimensions but for particles or with contexts. If None 4,000, and 6,000 for particles
+            beyond sixteen dimensions.
+        max_cycles: Most cycles; 3, and 1 for particles beyond sixteen dimensions, if None.
         max_epochs: Most passes over the bank, counted by its effective size; more would learn its
             points by heart.
-        batch_size: Noisy points per step.
+        batch_size: Noisy points per step. If None 1,024, of particles as many as have 24,000 pairs,
+            but at least 32.
         learning_rate: Peak learning rate of Adam; it falls to zero over each cycle.
         target_ess: Share of equally weighted draws at which training has converged. With contexts
             the least of 64 is judged, and at most two fifths of that loss is allowed: a share e
             bounds the total variation by half the root of 1/e - 1, 0.06 for 0.985, 0.04 for 0.994.
-        check_draws: Draws (and energy evaluations) of a check.
+        check_draws: Draws (and energy evaluations) of a check. If None 8,192; of particles 1,024,
+            and fewer where they have more than 24,000 pairs, but at least 16.
         sigma_min: Lowest noise level, in units of the target's width.
         sigma_max: Highest noise level, in the same units.
         num_steps: Noise levels of the sampler.
@@ -55,13 +76,13 @@ class TrainerConfig:
     chain_evaluations: int = 1_000_000
     round_draws: int = 65_536
     bank_contexts: int = 1024
-    steps_per_cycle: int = 4000
-    max_cycles: int = 3
+    steps_per_cycle: int | None = None
+    max_cycles: int | None = None
     max_epochs: int = 1000
-    batch_size: int = 1024
+    batch_size: int | None = None
     learning_rate: float = 4e-3
     target_ess: float = 0.985
-    check_draws: int = 8192
+    check_draws: int | None = None
     sigma_min: float = 0.004
     sigma_max: float = 20.0
     num_steps: int = 40
@@ -103,6 +124,36 @@ class TrainerConfig:
             )
         if not 0 < self.target_ess <= 1:
             raise ValueError(f"target_ess must be in (0, 1], got {self.target_ess}")
+
+    def sizes(self, dim: int, particles: tuple[int, int] | None = None) -> Sizes:
+        """The sizes, those left open chosen.
+
+        A step of particles works on all pairs of them: where these are many a smaller batch for
+        more steps learns more in the same time, where they are few it does not.
+
+        Arguments:
+            dim: Length of a point.
+            particles: ``(n, s)`` for n particles in s dimensions.
+        """
+        few = dim <= FEW_DIMENSIONS
+        steps, cycles, batch, check = 4000, 3, 1024, 8192
+        width, depth, harmonics = (128 if few else 192), 3, (0 if few else 4)
+        if particles is not None:
+            n, s = particles
+            width, depth = 64, 4
+            worth = 2 ** int(math.log2(max(1.0, 2 * _PAIRS / max(1, n * (n - 1)))))
+            batch, check = min(1024, max(32, worth)), min(1024, max(16, worth))
+            if (n - 1) * s > EXACT_DENSITY:
+                steps, cycles = 6000, 1
+        return Sizes(
+            steps_per_cycle=self.steps_per_cycle or steps,
+            max_cycles=self.max_cycles or cycles,
+            batch_size=self.batch_size or batch,
+            check_draws=self.check_draws or check,
+            width=self.width or width,
+            depth=self.depth or depth,
+            harmonics=harmonics if self.harmonics is None else self.harmonics,
+        )
 
     def noise_levels(self, size: int = 512) -> Float[Tensor, " size"]:
         r"""Quantiles of the training law of log sigma.

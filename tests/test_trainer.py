@@ -665,6 +665,27 @@ def test_scales_of_the_config_must_be_positive(name, value):
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("particles", "batch", "check", "steps", "cycles"),
+    [
+        (None, 1024, 8192, 4000, 3),
+        ((4, 2), 1024, 1024, 4000, 3),
+        ((13, 3), 256, 256, 6000, 1),
+        ((30, 2), 32, 32, 6000, 1),
+        ((55, 3), 32, 16, 6000, 1),
+        ((1, 2), 1024, 1024, 4000, 3),
+    ],
+)
+def test_particles_have_smaller_batches(particles, batch, check, steps, cycles):
+    sizes = TrainerConfig().sizes(2 if particles is None else math.prod(particles), particles)
+    assert (sizes.batch_size, sizes.check_draws) == (batch, check)
+    assert (sizes.steps_per_cycle, sizes.max_cycles) == (steps, cycles)
+    given = TrainerConfig(batch_size=7, check_draws=8, steps_per_cycle=9, max_cycles=2, width=5)
+    again = given.sizes(6, particles)
+    assert (again.batch_size, again.check_draws, again.steps_per_cycle) == (7, 8, 9)
+    assert (again.max_cycles, again.width) == (2, 5)
+
+
 def test_noise_levels_and_the_wanted_ess_must_make_sense():
     with pytest.raises(ValueError, match=r"sigma_max must be above sigma_min 0\.004, got 0\.001"):
         TrainerConfig(sigma_max=0.001)

@@ -5,8 +5,9 @@ r"""Hard energies: many dimensions, many modes, particles; and what plain chains
     python examples/benchmarks/boltzmann_page.py                   # docs/boltzmann.md
 
 Methods:
-* ``rsm``: the trainer with its defaults, but for particles (``PAIRS`` in
-  boltzmann_targets.py); gradients by autograd at the points of the bank;
+* ``rsm``: the trainer with its defaults, but that networks of particles are compiled and LJ55 is
+  trained for longer (9,600 steps instead of 6,000, half of them with gradients); gradients by
+  autograd at the points of the bank;
 * ``rsm-values``: the same from energy values alone (``gradients="differences"``);
 * ``rw``, ``hmc``, ``pt``: random-walk Metropolis, Hamiltonian Monte Carlo and parallel tempering
   with random-walk moves, with as many evaluations as the dearer of these two took;

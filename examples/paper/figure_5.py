@@ -115,7 +115,7 @@ def ways(
 
     def reverse_sampling() -> EnergySampler:
         # Narrow moons at every noise level: half the noisy points, as many candidates.
-        config = replace(sizes.trainer, batch_size=min(512, sizes.trainer.batch_size))
+        config = replace(sizes.trainer, batch_size=min(512, sizes.trainer.sizes(2).batch_size))
         box = UniformProposal(-side, side, coordinates="variance_preserving")
         return EnergyDiffusionTrainer(
             target, 2, loss="reverse-sampling", proposal=box, config=config, **given

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.baselines.standard import location
-from rsm_sampler.energy import MeteredEnergy, metered
+from rsm_sampler.energy import MeteredEnergy, metered, particles_of
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.trainer import EnergyDiffusionTrainer
@@ -95,7 +95,8 @@ def ddpm(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if samples is None:
         assert evaluations is not None
-        checks = config.max_cycles * config.check_draws
+        sizes = config.sizes(dim, particles_of(meter.energy, particles))
+        checks = sizes.max_cycles * sizes.check_draws
         samples = _tempered(
             meter, centre, scale, evaluations - checks, num_samples, num_chains, seed
         )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy import MeteredEnergy, metered
+from rsm_sampler.energy import MeteredEnergy, metered, particles_of
 from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
 __all__ = ["StandardEnergy", "location"]
@@ -63,9 +63,7 @@ class StandardEnergy:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.meter = metered(energy, dim)
-        known = getattr(self.meter.energy, "particles", None)
-        if particles is None and isinstance(known, tuple):
-            particles = known
+        particles = particles_of(self.meter.energy, particles)
         if particles is not None and particles[0] * particles[1] != dim:
             raise ValueError(f"particles must have n s equal to dim {dim}, got {particles}")
         self.coordinates: Coordinates = (
