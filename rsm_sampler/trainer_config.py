@@ -47,8 +47,8 @@ class TrainerConfig:
         max_cycles: Most cycles; 3, and 1 for particles beyond sixteen dimensions, if None.
         max_epochs: Most passes over the bank, counted by its effective size; more would learn its
             points by heart.
-        batch_size: Noisy points per step. If None 1,024, of particles as many as have 24,000 pairs,
-            but at least 32.
+        batch_size: Noisy points per step. If None 1,024; of particles fewer where these have more
+            than 24,000 pairs, but at least 32.
         learning_rate: Peak learning rate of Adam; it falls to zero over each cycle.
         target_ess: Share of equally weighted draws at which training has converged. With contexts
             the least of 64 is judged, and at most two fifths of that loss is allowed: a share e
