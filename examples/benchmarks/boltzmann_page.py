@@ -63,6 +63,17 @@ def best(name: str, found: dict[str, list[dict]], methods: tuple[str, ...]) -> t
     return min(means, default=(math.inf, ""))
 
 
+def worst_log_z(records: list[dict]) -> str:
+    """Largest error of log Z over seeds, and that of the bank in brackets."""
+    errors = [r["log_z_error"] for r in records if r["log_z_error"] is not None]
+    banks = [r["bank"]["log_z_error"] for r in records if "bank" in r]
+    if not errors:
+        return "–"
+    known = [abs(error) for error in banks if error is not None]
+    beside = f" ({max(known):.4f})" if len(known) == len(records) else ""
+    return f"{max(map(abs, errors)):.4f}{beside}"
+
+
 def overview(found: dict[str, dict[str, list[dict]]]) -> str:
     """One row a target: raw draws against the aim, and the best of the others."""
 
@@ -71,8 +82,8 @@ def overview(found: dict[str, dict[str, list[dict]]]) -> str:
         return f"{plain(value, 3)} `{method}`" if method else "–"
 
     lines = [
-        ["target", "figure", "perfect", "aim", "`rsm`", "seeds at the aim", "plain chains, best",
-         "peers, best", "evaluations"],
+        ["target", "figure", "perfect", "aim", "`rsm`", "seeds at the aim", "log Z, worst error",
+         "plain chains, best", "peers, best", "evaluations"],
     ]  # fmt: skip
     lines.append(["---"] * len(lines[0]))
     for name, task in TASKS.items():
@@ -87,6 +98,7 @@ def overview(found: dict[str, dict[str, list[dict]]]) -> str:
                     str(task.reach),
                     spread(values),
                     f"{sum(at_aim(name, record) for record in records)} of {len(records)}",
+                    worst_log_z(records),
                     shown(name, _PLAIN),
                     shown(name, _PEERS),
                     f"{sum(r['evaluations'] for r in records) / len(records):,.0f}",
@@ -143,7 +155,10 @@ def section(name: str, methods: dict[str, list[dict]]) -> str:
         aims += f"; nll, on exact draws: no law has less than {TASKS[name].make().entropy:.3f}"
     costs = {r["refined"]["evaluations"] for r in all_records if "refined" in r}
     if costs:
-        aims += f"; refined by {task.refine_steps} steps, {max(costs):,} further evaluations"
+        moves = {"mala": "Langevin", "hmc": "Hamiltonian"}[task.refine_by]
+        aims += (
+            f"; refined by {task.refine_steps} {moves} moves, {max(costs):,} further evaluations"
+        )
     return f"## {name}\n\n{table}\n\n{aims}; {task.n:,} draws."
 
 
@@ -244,7 +259,8 @@ thirty times the aim. Grey line: a perfect sampler. Green line: the aim.*
 
 Raw draws of `rsm`, its mean over seeds and the range; of the others the best mean of any method at
 the same number of evaluations. *Perfect* is what exact draws score. A seed that misses a mode is
-not at the aim.
+not at the aim. Of log Z the worst seed's error by the model's own weights and, in brackets, by the
+bank of its training, which is what the trainer reports.
 
 {overview(found)}
 
