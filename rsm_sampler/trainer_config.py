@@ -17,7 +17,7 @@ _PAIRS = 24_000  # of particles, in a batch or a check
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a configuration may leave open; see there."""
+    """What a :class:`TrainerConfig` may leave open, chosen: its attributes of the same names."""
 
     steps_per_cycle: int
     max_cycles: int
@@ -134,6 +134,9 @@ class TrainerConfig:
         Arguments:
             dim: Length of a point.
             particles: ``(n, s)`` for n particles in s dimensions.
+
+        Returns:
+            Those of this configuration, and for each that is None the trainer's choice.
         """
         few = dim <= FEW_DIMENSIONS
         steps, cycles, batch, check = 4000, 3, 1024, 8192

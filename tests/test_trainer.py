@@ -664,7 +664,6 @@ def test_scales_of_the_config_must_be_positive(name, value):
         TrainerConfig(**{name: value})
 
 
-@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("particles", "batch", "check", "steps", "cycles"),
     [
@@ -686,6 +685,7 @@ def test_particles_have_smaller_batches(particles, batch, check, steps, cycles):
     assert (again.max_cycles, again.width) == (2, 5)
 
 
+@pytest.mark.bad_input
 def test_noise_levels_and_the_wanted_ess_must_make_sense():
     with pytest.raises(ValueError, match=r"sigma_max must be above sigma_min 0\.004, got 0\.001"):
         TrainerConfig(sigma_max=0.001)
