@@ -33,12 +33,14 @@ import torch
 from torch import Tensor
 
 from rsm_sampler.densities import Mixture, StudentT
+from rsm_sampler.gradients import difference_hessian
 from rsm_sampler.sequential import next_beta
 
 __all__ = ["Slope", "mixture_of_basins"]
 
-Slope = Callable[[Tensor, Tensor], Tensor]
-"""Gradients (n, dim) of an energy at points (n, dim), where it has the given widths (dim)."""
+Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""Gradients (n, dim) of an energy at points (n, dim), and its second derivatives along the
+coordinates if they come with them; from a Cholesky factor (dim, dim) of about the law's scale."""
 
 _TAIL = 20.0  # degrees of freedom: in many dimensions heavier tails hardly meet the target
 _FIRST, _MORE, _ALL, _FEWEST = 96, 232, 1024, 16  # scouts
@@ -53,6 +55,7 @@ _AT_REST = 1e-3  # nats in a step
 _SMALL = 1e-3  # differences of gradients, in units of the broad law's widths
 _WIDEST = 4.0  # standard deviations of a component, in those units
 _NEWTON = 20  # steps
+_STEP = 0.3  # of a basin's width along a coordinate, for differences of differences
 _LATER = 0.8  # of the effective draws of an earlier mixture, for a later one to be preferred
 _HOPELESS = 0.1  # likewise, for adaptation to end
 _ALONE = 0.6  # of the scouts: more have too many basins to find
@@ -112,7 +115,7 @@ def mixture_of_basins(
         return None, finder.spent
     begun = []
     free = evaluations - finder.spent - _ROUNDS * size
-    if (4 * dim + 2 * _NEWTON) * number * slope_cost <= free:
+    if finder.cost_of_curvature(number) <= free:
         begun.append(finder.curved(x, energy, label))
         free = evaluations - finder.spent - (_ROUNDS + 1) * size
     # Walks take what adaptation leaves: those of a few scouts for each basin will do.
@@ -145,12 +148,17 @@ class _Basins:
     ) -> None:
         self._energy, self._gradient, self.slope_cost = evaluate, slope, slope_cost
         self.broad, self.generator = broad, generator
+        self.by_values = False  # whether curvatures come with the slopes
+        self.width = broad.scale_tril.norm(dim=-1)
         self.spent = 0
 
-    def _slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         self.spent += self.slope_cost * len(x)
-        width = self.broad.scale_tril.diagonal()
-        return self._gradient(x, width).to(x.dtype).nan_to_num()
+        slope, curvature = self._gradient(x, self.broad.scale_tril)
+        self.by_values = curvature is not None
+        if curvature is not None:
+            curvature = curvature.to(x.dtype).nan_to_num()
+        return slope.to(x.dtype).nan_to_num(), curvature
 
     def evaluate(self, x: Tensor) -> Tensor:
         self.spent += len(x)
@@ -214,21 +222,28 @@ class _Basins:
     def scouts(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """Ends of descents from given points: those that came to rest, if there are enough.
 
-        Steps of L-BFGS in the broad law's metric; each scout stops by itself.
+        Steps of L-BFGS, each scout stops by itself: in the broad law's metric, or, where second
+        derivatives come with the gradients, begun from these.
         """
-        tril, x = self.broad.scale_tril, start
-        energy = self.evaluate(x)
+        x, energy = start, self.evaluate(start)
         x, energy = x[energy.isfinite()], energy[energy.isfinite()]
+        if len(x) == 0:
+            return x, energy
         rested = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         active = torch.arange(len(x), device=x.device)
-        slope = self._slope(x) @ tril
+        slope, curvature = self._slope(x)
+        tril = self.broad.scale_tril if curvature is None else self.width.diag()
+        slope = slope @ tril
         before = energy.expand(_MEMORY, -1).clone()
         shorter = torch.ones_like(energy)
         steps, changes = (x.new_zeros((_PAIRS, *x.shape)) for _ in range(2))
         for i in range(_DESCENT):
             if len(active) == 0:
                 break
-            step = shorter[:, None] * _quasi_newton(slope, steps, changes)
+            stiffness = None
+            if curvature is not None:
+                stiffness = (curvature.abs() * self.width.square()).clamp(min=_WIDEST**-2)
+            step = shorter[:, None] * _quasi_newton(slope, steps, changes, stiffness)
             trial = x[active] + step @ tril.mT
             trial_energy = self.evaluate(trial)
             # They are fast because they may climb now and then: below one of the last few.
@@ -237,7 +252,16 @@ class _Basins:
             x[active] = torch.where(down[:, None], trial, x[active])
             energy[active] = torch.where(down, trial_energy, energy[active])
             rested[active[still]] = True
-            new_slope = torch.where(down[:, None], self._slope(trial) @ tril, slope)
+            # By differences slopes are dear: only where they are needed.
+            asked = torch.ones_like(down) if curvature is None else down & ~still
+            new_slope = slope.clone()
+            if bool(asked.any()):
+                found, found_curvature = self._slope(trial[asked])
+                new_slope[asked] = torch.where(down[asked, None], found @ tril, slope[asked])
+                if curvature is not None and found_curvature is not None:
+                    curvature[asked] = found_curvature
+            if curvature is not None:
+                curvature = curvature[~still]
             shorter = torch.where(down, 1.0, 0.25 * shorter)
             # A rejected step leaves no pair: of length zero it is passed over.
             steps = torch.cat([steps[1:], torch.where(down[:, None], step, 0.0)[None]])
@@ -268,8 +292,10 @@ class _Basins:
         number = int(label.amax()) + 1
         inside = torch.nn.functional.one_hot(label, number).mT.bool()
         lowest, index = torch.where(inside, energy, torch.inf).min(-1)
-        loc, lowest = self._newton(x[index], lowest, self._factor(x[index]))
-        factor = self._factor(loc)
+        factor = self._factor(x[index])
+        loc, lowest = self._newton(x[index], lowest, factor)
+        if not self.by_values:
+            factor = self._factor(loc)
         covariance = factor @ factor.mT
         jitter = 1e-12 * covariance.diagonal(dim1=-2, dim2=-1).diag_embed()
         tril = torch.linalg.cholesky(covariance + jitter)
@@ -277,22 +303,39 @@ class _Basins:
         share = torch.softmax(volume - lowest, 0).clamp(min=0.1 / number)
         return Mixture(share / share.sum(), loc, tril, self.broad, _TAIL)
 
+    def cost_of_curvature(self, number: int) -> int:
+        """Evaluations that components of so many basins take, by their curvature."""
+        dim, steps = len(self.width), _NEWTON * self.slope_cost
+        if self.by_values:
+            return number * (dim * (dim + 1) + 2 * self.slope_cost + steps)
+        return number * (4 * dim * self.slope_cost + 2 * steps)
+
     def _factor(self, loc: Tensor) -> Tensor:
-        """A root of the inverse curvature at points (K, dim), by differences of gradients."""
+        """A root of the inverse curvature at points (K, dim)."""
+        if self.by_values:
+            return self._factor_by_values(loc)
         tril = self.broad.scale_tril
         steps = _SMALL * tril.mT  # along the broad law's axes
         ahead, behind = (
-            self._slope((loc[:, None] + sign * steps).flatten(0, 1)).view(-1, *steps.shape)
+            self._slope((loc[:, None] + sign * steps).flatten(0, 1))[0].view(-1, *steps.shape)
             for sign in (1, -1)
         )
         hessian = (ahead - behind) @ tril / (2 * _SMALL)
         curvature, axes = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
         return tril @ (axes * curvature.clamp(min=_WIDEST**-2).rsqrt()[:, None])
 
+    def _factor_by_values(self, loc: Tensor) -> Tensor:
+        _, curvature = self._slope(loc)
+        assert curvature is not None
+        width = curvature.clamp(min=(_WIDEST * self.width) ** -2).rsqrt()
+        hessian = difference_hessian(self.evaluate, loc, step=_STEP * width).nan_to_num()
+        curvature, axes = torch.linalg.eigh(width[:, :, None] * hessian * width[:, None])
+        return width[:, :, None] * axes * curvature.clamp(min=_WIDEST**-2).rsqrt()[:, None]
+
     def _newton(self, x: Tensor, energy: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """The rest of the way down, with one curvature: descents are slow in a poor metric."""
         for _ in range(_NEWTON):
-            slope = (factor.mT @ self._slope(x)[..., None])[..., 0]
+            slope = (factor.mT @ self._slope(x)[0][..., None])[..., 0]
             length = slope.norm(dim=-1, keepdim=True).clamp(min=1.0)  # no step beyond the basin
             trial = x - (factor @ (slope / length)[..., None])[..., 0]
             trial_energy = self.evaluate(trial)
@@ -366,8 +409,14 @@ class _Basins:
         return self._fitted(x, by_component, before=mixture), float(effective)
 
 
-def _quasi_newton(slope: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
-    """Directions (n, dim) of L-BFGS from the last steps and changes of slope, (pairs, n, dim)."""
+def _quasi_newton(
+    slope: Tensor, steps: Tensor, changes: Tensor, stiffness: Tensor | None = None
+) -> Tensor:
+    """Directions (n, dim) of L-BFGS from the last steps and changes of slope, (pairs, n, dim).
+
+    The curvature that the pairs say nothing of is the given one (n, dim) along the coordinates,
+    or the last pair's in all directions.
+    """
     curvature = (steps * changes).sum(-1, keepdim=True)
     rho = torch.where(curvature > 0, 1 / curvature, 0.0)  # no convexity, no pair
     direction, kept = -slope, []
@@ -380,7 +429,7 @@ def _quasi_newton(slope: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
     for i in range(len(steps)):
         square = changes[i].square().sum(-1, keepdim=True)
         scale = torch.where(curvature[i] > 0, curvature[i] / square, scale)
-    direction = scale * direction
+    direction = scale * direction if stiffness is None else direction / stiffness
     for i, a in enumerate(reversed(kept)):
         b = rho[i] * (changes[i] * direction).sum(-1, keepdim=True)
         direction = direction + (a - b) * steps[i]

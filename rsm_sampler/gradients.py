@@ -25,7 +25,9 @@ from rsm_sampler.energy import EnergyError, MeteredEnergy
 __all__ = [
     "GradientMethod",
     "autograd_gradient",
+    "difference_curvature",
     "difference_gradient",
+    "difference_hessian",
     "differentiable",
     "value_and_gradient",
     "virial_holds",
@@ -128,17 +130,88 @@ def difference_gradient(
     return _differences(value, z, step, chunk)
 
 
+def difference_curvature(
+    value: Callable[[Tensor], Tensor],
+    z: Float[Tensor, "n dim"],
+    *,
+    step: Float[Tensor, " dim"],
+    chunk: int = 65_536,
+) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]:
+    """Gradients and second derivatives along the coordinates, from the same differences.
+
+    One evaluation more for each point than :func:`difference_gradient`.
+
+    Arguments:
+        value: Energies (n) of points (n, dim); infinite ones give NaN.
+        z: Points.
+        step: The step in every coordinate.
+        chunk: Evaluations at a time.
+    """
+    ends = _around(value, z, step, chunk)
+    centre = torch.cat([value(piece).to(z) for piece in z.split(chunk)])
+    up, down = ends.unbind(1)
+    curvature = (up - 2 * centre[:, None] + down) / step.square()
+    return _slopes(ends, step), curvature
+
+
+def difference_hessian(
+    value: Callable[[Tensor], Tensor],
+    z: Float[Tensor, "n dim"],
+    *,
+    step: Float[Tensor, "n dim"],
+    chunk: int = 65_536,
+) -> Float[Tensor, "n dim dim"]:
+    r"""Second derivatives from differences of energy values, d (d + 1) + 1 of them for each point.
+
+    .. math:: 2 h_i h_j\, \partial_{ij} E \approx E_{+i+j} + E_{-i-j}
+        - E_{+i} - E_{-i} - E_{+j} - E_{-j} + 2 E
+
+    The error is of second order, unlike that of :math:`E_{+i+j} - E_{+i} - E_{+j} + E`.
+
+    Arguments:
+        value: Energies (n) of points (n, dim).
+        z: Points.
+        step: The steps :math:`h_i` of every point.
+        chunk: Evaluations at a time.
+    """
+    dim = z.shape[-1]
+    first, second = torch.triu_indices(dim, dim, 1, device=z.device)
+    found = []
+    for point, h in zip(z, step, strict=True):
+        axes = h.diag()
+        pieces = []
+        for i, j in zip(first.split(chunk // 2), second.split(chunk // 2), strict=True):
+            offset = axes[i] + axes[j]
+            pieces.append(value(torch.cat([point + offset, point - offset])).to(z).view(2, -1))
+        centre = value(point[None]).to(z)
+        single = value(torch.cat([point + axes, point - axes])).to(z).view(2, dim).sum(0)
+        both = torch.cat(pieces, 1).sum(0)
+        hessian = (single - 2 * centre).diag()
+        hessian[first, second] = 0.5 * (both - single[first] - single[second] + 2 * centre)
+        hessian[second, first] = hessian[first, second]
+        found.append(hessian / (h[:, None] * h))
+    return torch.stack(found)
+
+
 def _differences(value: Callable[[Tensor], Tensor], z: Tensor, step: Tensor, chunk: int) -> Tensor:
+    return _slopes(_around(value, z, step, chunk), step)
+
+
+def _around(value: Callable[[Tensor], Tensor], z: Tensor, step: Tensor, chunk: int) -> Tensor:
+    """Values a step ahead and behind in each coordinate, (n, 2, dim)."""
     dim = z.shape[-1]
     offsets = torch.cat([step.diag(), -step.diag()])
-    pieces = []
-    for piece in z.split(max(1, chunk // (2 * dim))):
-        around = (piece.unsqueeze(1) + offsets).reshape(-1, dim)
-        up, down = value(around).to(z).view(len(piece), 2, dim).unbind(1)
-        slope = (up - down) / (2 * step)
-        usable = slope.isfinite().all(-1, keepdim=True)
-        pieces.append(torch.where(usable, slope, torch.nan))
+    pieces = [
+        value((piece.unsqueeze(1) + offsets).reshape(-1, dim)).to(z).view(len(piece), 2, dim)
+        for piece in z.split(max(1, chunk // (2 * dim)))
+    ]
     return torch.cat(pieces)
+
+
+def _slopes(ends: Tensor, step: Tensor) -> Tensor:
+    up, down = ends.unbind(1)
+    slope = (up - down) / (2 * step)
+    return torch.where(slope.isfinite().all(-1, keepdim=True), slope, torch.nan)
 
 
 def virial_holds(

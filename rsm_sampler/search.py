@@ -65,6 +65,7 @@ def search(
     evaluations: int,
     bank_size: int,
     chain_evaluations: int | None = None,
+    basin_evaluations: int | None = None,
     slope: Slope | None = None,
     slope_cost: int = 0,
     generator: torch.Generator,
@@ -82,8 +83,10 @@ def search(
         dim: Length of a point.
         evaluations: Most energy evaluations before the bank.
         bank_size: Energy evaluations of the bank itself.
-        chain_evaluations: Energy evaluations of chains, where they take the bank's place; looking
-            for basins takes a third as many. What is left of both numbers above if None.
+        chain_evaluations: Energy evaluations of chains, where they take the bank's place. What is
+            left of both numbers above if None.
+        basin_evaluations: Most evaluations of the search for basins; a third as many as chains
+            take if None.
         slope: Gradients of the energy; basins are looked for with them.
         slope_cost: Evaluations that a gradient costs.
         generator: Source of randomness.
@@ -121,7 +124,7 @@ def search(
     left = chain_evaluations or evaluations - finder.spent + bank_size
     if slope is not None:
         before = finder.spent
-        mixture = finder.basins(proposal, slope, slope_cost, left // 3)
+        mixture = finder.basins(proposal, slope, slope_cost, basin_evaluations or left // 3)
         if mixture is not None:
             return finder.bank(mixture, min(bank_size, left // 2), rows)
         if chain_evaluations is None:

@@ -23,6 +23,7 @@ from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.gradients import (
     GradientMethod,
     autograd_gradient,
+    difference_curvature,
     difference_gradient,
     differentiable,
     virial_holds,
@@ -42,6 +43,8 @@ _LEAST_EFFECTIVE = 3000  # draws that may renew a bank
 _LEAST_HELPED = 512  # points with gradients
 _NEARLY_NORMAL = 8.0  # times an inverse stiffness: squared noise up to which posteriors are so
 _RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
+_FINE, _PROBE = 1e-3, 1e-2  # of the broad law's widths, for differences on the way down
+_CHEAP, _DEAREST = 10, 20.0  # evaluations of a slope; times as many for basins, at most
 _LEAPFROG, _MOVES = 10, 100  # steps of a move of theirs, unless there would be fewer moves
 
 
@@ -131,6 +134,11 @@ class Supply:
         relaxing = 0
         if isinstance(self.coordinates, MeanFree) and self.coordinates.reduced > FEW_DIMENSIONS:
             relaxing = int(_RELAXING * chains)
+        # Gradients by differences are the dearer the more dimensions there are.
+        basins = int((chains - relaxing) / 3 * min(_DEAREST, max(1.0, cost / _CHEAP)))
+        if self.energy.remaining is not None:
+            third = (chains - relaxing) // 3
+            basins = min(basins, max(third, (free - evaluations - chains) // 2))
         rows = 1
         if self.contexts is not None:
             rows = min(self.config.bank_contexts, max(1, bank_size // 128))
@@ -140,6 +148,7 @@ class Supply:
             evaluations=evaluations,
             bank_size=bank_size,
             chain_evaluations=chains - relaxing,
+            basin_evaluations=basins,
             slope=slope,
             slope_cost=cost,
             generator=self.generator,
@@ -353,11 +362,17 @@ class Supply:
             x = self.coordinates.forward(torch.zeros(2, dim, device=self.generator.device))[0]
             by_values = not differentiable(self.energy, x, "search")
 
-        def slope(u: Tensor, width: Tensor) -> Tensor:
+        def slope(u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
             if by_values:
-                return difference_gradient(self._value, u, step=1e-3 * width)
-            return autograd_gradient(self.energy, self.coordinates.forward, u, purpose="search")
+                return difference_gradient(self._value, u, step=_FINE * scale.diagonal()), None
+            forward = self.coordinates.forward
+            return autograd_gradient(self.energy, forward, u, purpose="search"), None
 
+        def curved(u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+            return difference_curvature(self._value, u, step=_PROBE * scale.norm(dim=-1))
+
+        if by_values and not few:  # where a step is dear, curvatures save most of them
+            return curved, 2 * dim + 1
         return slope, 2 * dim if by_values else 2
 
     def _affine(self, bank: Bank) -> Affine:

@@ -10,6 +10,7 @@ from rsm_sampler.bank import Bank
 from rsm_sampler.basins import _Basins, _quasi_newton, crowded, mixture_of_basins
 from rsm_sampler.densities import Mixture, StudentT, density_from_state
 from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.gradients import difference_curvature
 
 DOUBLE = torch.float64
 
@@ -31,18 +32,24 @@ def distant(dim=20):
 
 
 def slope_of(energy):
-    def slope(x, width):
+    def slope(x, _):
         leaf = x.detach().clone().requires_grad_()
-        return torch.autograd.grad(energy(leaf).sum(), leaf)[0]
+        return torch.autograd.grad(energy(leaf).sum(), leaf)[0], None
 
     return slope
 
 
-def find(target, dim, scale, evaluations, cost=2):
+def curved_by_values(energy):
+    return lambda x, scale: difference_curvature(energy, x, step=1e-2 * scale.norm(dim=-1))
+
+
+def find(target, dim, scale, evaluations, cost=2, *, by_values=False):
     meter = MeteredEnergy(target, dim)
-    mixture, spent = mixture_of_basins(
-        meter, slope_of(target), cost, broad(dim, scale), evaluations, rng()
-    )
+    slope = slope_of(target)
+    if by_values:
+        slope, cost = curved_by_values(meter), 2 * dim + 1
+    mixture, spent = mixture_of_basins(meter, slope, cost, broad(dim, scale), evaluations, rng())
+    assert not by_values or spent == meter.evaluations
     return mixture, spent, meter.evaluations
 
 
@@ -92,17 +99,67 @@ def test_few_evaluations_are_left_to_chains():
     assert (mixture, spent) == (None, 0)
 
 
-def test_descents_come_to_rest_in_curved_valleys():
+def finder_of(energy, dim, scale, *, by_values):
+    slope, cost = (curved_by_values(energy), 2 * dim + 1) if by_values else (slope_of(energy), 2)
+    return _Basins(energy, slope, cost, broad(dim, scale), rng())
+
+
+@pytest.mark.parametrize("by_values", [False, True])
+def test_descents_come_to_rest_in_curved_valleys(by_values):
     """From afar to the minimum of a stretched bowl: condition number 100, within 0.2 nats."""
     width = torch.logspace(-1, 0, 6, dtype=DOUBLE)
+    axes, _ = torch.linalg.qr(torch.randn(6, 6, dtype=DOUBLE, generator=rng(2)))
 
     def energy(x):
-        return 0.5 * ((x - 3) / width).square().sum(-1)
+        return 0.5 * (((x - 3) @ axes) / width).square().sum(-1)
 
-    finder = _Basins(energy, slope_of(energy), 2, broad(6, 3.0), rng())
+    finder = finder_of(energy, 6, 3.0, by_values=by_values)
     x, value = finder.scouts(finder.anywhere(32))
     assert float(value.quantile(0.9)) < 0.2
     assert int(finder.basins(x, value).bincount().amax()) >= 29
+
+
+def test_curvatures_end_descents_along_the_coordinates_at_once():
+    """A bowl whose axes they are: one slope where they start, one where Newton's step ends."""
+    width = torch.logspace(-2, 0, 30, dtype=DOUBLE)
+
+    def energy(x):
+        return 0.5 * ((x - 1) / width).square().sum(-1)
+
+    finder = finder_of(energy, 30, 1.0, by_values=True)
+    _, value = finder.scouts(finder.broad.sample(20, rng()))
+    assert float(value.amax()) < 1e-3
+    assert finder.spent <= 20 * (2 * 61 + 3)
+
+
+def test_curvature_by_values_gives_the_covariances():
+    """Of two Gaussians with all axes askew, to 1 %: centres, covariances and shares."""
+    dim, generator = 15, rng(4)
+    root = torch.randn(2, dim, dim, dtype=DOUBLE, generator=generator)
+    covariance = root @ root.mT / dim + 0.1 * torch.eye(dim, dtype=DOUBLE)
+    loc = torch.zeros(2, dim, dtype=DOUBLE)
+    loc[1, 0] = 40.0
+    laws = [
+        torch.distributions.MultivariateNormal(m, c) for m, c in zip(loc, covariance, strict=True)
+    ]
+
+    def energy(x):
+        parts = torch.stack([laws[0].log_prob(x), laws[1].log_prob(x) + math.log(3)])
+        return -torch.logsumexp(parts, 0)
+
+    finder = finder_of(energy, dim, 20.0, by_values=True)
+    x, value = finder.scouts(loc.repeat_interleave(8, 0) + 0.5)
+    label = finder.basins(x, value)
+    before = finder.spent
+    mixture = finder.curved(x, value, label)
+    assert finder.spent - before <= finder.cost_of_curvature(2)
+    order = mixture.loc[:, 0].argsort()
+    torch.testing.assert_close(mixture.loc[order], loc, atol=0.01, rtol=0)
+    found = mixture.scale_tril @ mixture.scale_tril.mT
+    torch.testing.assert_close(found[order], covariance, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(
+        mixture.weight[order], torch.tensor([0.25, 0.75], dtype=DOUBLE), atol=0.01, rtol=0
+    )
 
 
 def test_steps_of_l_bfgs_solve_a_quadratic():
@@ -122,12 +179,13 @@ def test_steps_of_l_bfgs_solve_a_quadratic():
     torch.testing.assert_close(_quasi_newton(slope, useless, more), newton)
 
 
-@pytest.mark.parametrize("dim", [5, 60])
-def test_all_of_32_wells_are_found(dim):
+@pytest.mark.parametrize(("dim", "by_values"), [(5, False), (60, False), (60, True)])
+def test_all_of_32_wells_are_found(dim, by_values):
     """By draws of the mixture: each has 1/32 of 20,000, 625 +- 25; none is below half of it."""
     target = energies.SymmetricManyWell(dim)
-    mixture, spent, _ = find(target, dim, 2.0, 200_000)
-    assert spent <= 200_000
+    most = 1_500_000 if by_values else 200_000
+    mixture, spent, _ = find(target, dim, 2.0, most, by_values=by_values)
+    assert spent <= most
     x = mixture.sample(20_000, rng(1))
     weight = torch.softmax(-target(x) - mixture.log_prob(x), 0)
     share = weight @ target.responsibilities(x).double()
@@ -145,7 +203,7 @@ def test_starts_from_far_off_see_the_rim():
     loc = torch.nn.functional.normalize(torch.randn(41, 50, dtype=DOUBLE, generator=rng()), dim=-1)
     loc = 160 * loc
     loc[0] *= 1.6
-    finder = _Basins(lambda x: x[:, 0], lambda x, _: x, 1, broad(50, 1.0), rng(1))
+    finder = _Basins(lambda x: x[:, 0], lambda x, _: (x, None), 1, broad(50, 1.0), rng(1))
 
     def share(farthest):
         x = finder.between(loc, torch.arange(41), 2000, farthest)

@@ -13,7 +13,9 @@ from rsm_sampler.energy import EnergyError, MeteredEnergy
 from rsm_sampler.estimators import posterior_estimate
 from rsm_sampler.gradients import (
     autograd_gradient,
+    difference_curvature,
     difference_gradient,
+    difference_hessian,
     differentiable,
     value_and_gradient,
     virial_holds,
@@ -46,6 +48,34 @@ def test_differences_count_two_evaluations_a_coordinate():
     meter = MeteredEnergy(quartic, 4)
     difference_gradient(meter, torch.zeros(100, 4, dtype=DOUBLE))
     assert meter.evaluations == 2 * 4 * (100 + 64)
+
+
+def test_curvatures_come_with_the_gradients():
+    """Of a cubic: E(x + h) - 2 E(x) + E(x - h) is exact; the gradient is off by h^2 times 2."""
+    cubic = torch.randn(3, 3, 3, dtype=DOUBLE, generator=rng())
+    z = torch.randn(20, 3, dtype=DOUBLE, generator=rng(1))
+    step = torch.tensor([0.1, 0.2, 0.05], dtype=DOUBLE)
+
+    def energy(x):
+        return torch.einsum("ijk,ni,nj,nk->n", cubic, x, x, x)
+
+    hessian = torch.stack(
+        [torch.autograd.functional.hessian(lambda v: energy(v[None]), x) for x in z]
+    )
+    meter = MeteredEnergy(lambda x: energy(x.double()), 3)
+    slope, curvature = difference_curvature(energy, z, step=step)
+    torch.testing.assert_close(curvature, hessian.diagonal(dim1=-2, dim2=-1))
+    torch.testing.assert_close(slope, difference_gradient(energy, z, step=step))
+    difference_curvature(meter, z, step=step)
+    assert meter.evaluations == 20 * 7
+    # All second derivatives, in steps of each point's own, and in pieces.
+    own = step * torch.linspace(0.5, 2, 20, dtype=DOUBLE)[:, None]
+    for chunk in (65_536, 4):
+        found = difference_hessian(energy, z, step=own, chunk=chunk)
+        torch.testing.assert_close(found, hessian)
+    before = meter.evaluations
+    difference_hessian(meter, z, step=own)
+    assert meter.evaluations - before == 20 * (3 * 4 + 1)
 
 
 def test_rows_next_to_infinite_energies_have_no_gradient():
