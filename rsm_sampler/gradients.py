@@ -179,13 +179,14 @@ def difference_hessian(
     found = []
     for point, h in zip(z, step, strict=True):
         axes = h.diag()
-        pieces = []
-        for i, j in zip(first.split(chunk // 2), second.split(chunk // 2), strict=True):
-            offset = axes[i] + axes[j]
-            pieces.append(value(torch.cat([point + offset, point - offset])).to(z).view(2, -1))
         centre = value(point[None]).to(z)
         single = value(torch.cat([point + axes, point - axes])).to(z).view(2, dim).sum(0)
-        both = torch.cat(pieces, 1).sum(0)
+        pieces = [single[:0]]
+        for at in range(0, len(first), chunk // 2):
+            offset = axes[first[at : at + chunk // 2]] + axes[second[at : at + chunk // 2]]
+            ends = value(torch.cat([point + offset, point - offset])).to(z)
+            pieces.append(ends.view(2, -1).sum(0))
+        both = torch.cat(pieces)
         hessian = (single - 2 * centre).diag()
         hessian[first, second] = 0.5 * (both - single[first] - single[second] + 2 * centre)
         hessian[second, first] = hessian[first, second]

@@ -134,11 +134,12 @@ class Supply:
         relaxing = 0
         if isinstance(self.coordinates, MeanFree) and self.coordinates.reduced > FEW_DIMENSIONS:
             relaxing = int(_RELAXING * chains)
-        # Gradients by differences are the dearer the more dimensions there are.
-        basins = int((chains - relaxing) / 3 * min(_DEAREST, max(1.0, cost / _CHEAP)))
-        if self.energy.remaining is not None:
-            third = (chains - relaxing) // 3
-            basins = min(basins, max(third, (free - evaluations - chains) // 2))
+        basins = (chains - relaxing) // 3
+        if self.coordinates.reduced > FEW_DIMENSIONS and cost > _CHEAP:
+            most = int(basins * min(_DEAREST, cost / _CHEAP))
+            if self.energy.remaining is not None:
+                most = min(most, (free - evaluations - chains) // 2)
+            basins = max(basins, most)
         rows = 1
         if self.contexts is not None:
             rows = min(self.config.bank_contexts, max(1, bank_size // 128))

@@ -166,6 +166,8 @@ def _symmetric(dim: int) -> Task:
         floor=0.022,
         reach=0.05,
         reach_log_z=0.05,
+        # Paths of more dimensions are worth less each.
+        log_z_draws=131_072 if dim == 200 else 32_768,
     )
 
 
