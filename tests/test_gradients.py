@@ -1,5 +1,6 @@
 """Gradients at a bank's points, and what they do to the loss."""
 
+import dataclasses
 import math
 
 import pytest
@@ -404,6 +405,37 @@ def test_eighteen_dimensions_from_an_energy(gradients):
     again = EnergyDiffusionTrainer(energy, 18, gradients=gradients, seed=1, config=SMALL)
     again.load_state(state)
     assert torch.equal(again.supply.batch(4, 2).x_0, trainer.supply.batch(4, 2).x_0)
+
+
+@pytest.mark.parametrize("budget", [None, 700_000])
+def test_basins_by_values_alone(budget):
+    """Four unequal wells in two coordinates of 24, of an energy that autograd cannot follow.
+
+    A slope costs 49 evaluations, so basins have 4.9 times a third of the chains' evaluations, or
+    what the budget leaves. The shares' errors are those of 4,000 draws (standard deviation 0.008)
+    and of a short training.
+    """
+
+    def energy(x):
+        first = x[:, :2].detach()
+        wells = torch.logaddexp(
+            -0.5 * ((first - 2) / 0.3).square() + math.log(0.7),
+            -0.5 * ((first + 2) / 0.3).square() + math.log(0.3),
+        )
+        return 0.5 * x[:, 2:].detach().square().sum(-1) - wells.sum(-1)
+
+    exact = 12 * math.log(2 * math.pi) + 2 * math.log(0.3)
+    config = dataclasses.replace(
+        SMALL, search_evaluations=30_000, bank_size=50_000, chain_evaluations=200_000
+    )
+    trainer = EnergyDiffusionTrainer(energy, 24, seed=0, config=config)
+    sampler = trainer.fit(progress=False, budget=budget)
+    assert trainer.bank.method == "bank"
+    assert trainer.energy.counts["search"] <= 30_000 + 50_000 + 4.9 * 66_667
+    assert trainer.energy.evaluations <= (budget or math.inf)
+    assert abs(trainer.bank.log_z - exact) < 5 * trainer.bank.log_z_se < 0.1
+    share = (sampler.sample(4000)[:, :2] > 0).double().mean(0)
+    assert float((share - 0.7).abs().amax()) < 0.06
 
 
 def test_an_energy_with_walls_goes_without_gradients():
