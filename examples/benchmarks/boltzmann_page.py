@@ -74,6 +74,11 @@ def worst_log_z(records: list[dict]) -> str:
     return f"{max(map(abs, errors)):.4f}{beside}"
 
 
+def mean_evaluations(records: list[dict]) -> str:
+    """Of a fit, warm start included."""
+    return f"{sum(r['evaluations'] for r in records) / len(records):,.0f}" if records else "–"
+
+
 def overview(found: dict[str, dict[str, list[dict]]]) -> str:
     """One row a target: raw draws against the aim, and the best of the others."""
 
@@ -83,13 +88,15 @@ def overview(found: dict[str, dict[str, list[dict]]]) -> str:
 
     lines = [
         ["target", "figure", "perfect", "aim", "`rsm`", "seeds at the aim", "log Z, worst error",
-         "plain chains, best", "peers, best", "evaluations"],
+         "plain chains, best", "peers, best", "evaluations", "by values alone",
+         "their evaluations"],
     ]  # fmt: skip
     lines.append(["---"] * len(lines[0]))
     for name, task in TASKS.items():
         records = found[name]["rsm"]
         if records:
             values = [record["raw"][task.figure] for record in records]
+            alone = found[name]["rsm-values"]
             lines.append(
                 [
                     f"[{name}](#{name})",
@@ -101,7 +108,11 @@ def overview(found: dict[str, dict[str, list[dict]]]) -> str:
                     worst_log_z(records),
                     shown(name, _PLAIN),
                     shown(name, _PEERS),
-                    f"{sum(r['evaluations'] for r in records) / len(records):,.0f}",
+                    mean_evaluations(records),
+                    spread([record["raw"][task.figure] for record in alone])
+                    if task.differentiable
+                    else "as `rsm`",
+                    mean_evaluations(alone),
                 ]
             )
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -140,7 +151,7 @@ def section(name: str, methods: dict[str, list[dict]]) -> str:
                 *(spread(more[kind]) for kind in optional),
                 spread([r["log_z_error"] for r in records], 4),
                 spread([r["bank"]["log_z_error"] for r in records if "bank" in r], 4),
-                f"{sum(r['evaluations'] for r in records) / len(records):,.0f}",
+                mean_evaluations(records),
                 f"{sum(r['fit_seconds'] for r in records) / len(records):.0f}",
                 "chains never mix"
                 if max(r["seconds_per_10k"] for r in records) > _NEVER
@@ -263,7 +274,7 @@ thirty times the aim. Grey line: a perfect sampler. Green line: the aim.*
 Raw draws of `rsm`, its mean over seeds and the range; of the others the best mean of any method at
 the same number of evaluations. *Perfect* is what exact draws score. A seed that misses a mode is
 not at the aim. Of log Z the worst seed's error by the model's own weights and, in brackets, by the
-bank of its training, which is what the trainer reports.
+bank of its training, which is what the trainer reports. *By values alone*: `rsm-values`, seed 0.
 
 {overview(found)}
 
