@@ -142,7 +142,8 @@ def difference_curvature(
     One evaluation more for each point than :func:`difference_gradient`.
 
     Arguments:
-        value: Energies (n) of points (n, dim); infinite ones give NaN.
+        value: Energies (n) of points (n, dim); beside infinite ones gradients are NaN, and
+            curvatures are not finite.
         z: Points.
         step: The step in every coordinate.
         chunk: Evaluations at a time.
