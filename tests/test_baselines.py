@@ -23,6 +23,7 @@ from rsm_sampler.baselines import (
     ddpm,
     fab,
     fab_loss,
+    flow_bootstrap,
     idem,
     idem_score,
     langevin,
@@ -312,6 +313,15 @@ def test_fab_recovers_a_mixture():
     log_z = float(torch.logsumexp(draws.log_weight.double(), 0)) - math.log(N)
     assert abs(log_z) < 6 * math.sqrt(1 / draws.ess - 1 / N) + 1e-4
     torch.testing.assert_close(draws.log_prob, sampler.log_prob(draws.x), rtol=0, atol=1e-4)
+
+
+def test_draws_of_a_flow_come_in_pieces(monkeypatch):
+    sampler = fab(normal, 2, evaluations=16 * 12 * 3, config=TINY_FAB, device="cpu")
+    x, log_prob = sampler.sample_with_log_prob(40, generator=rng(1))
+    monkeypatch.setattr(flow_bootstrap, "_CHUNK", 16)
+    pieces = sampler.sample_with_log_prob(40, generator=rng(1))
+    torch.testing.assert_close(pieces, (x, log_prob))
+    assert len(sampler.weighted_draws(33).x) == 33
 
 
 def test_a_flow_in_one_dimension():

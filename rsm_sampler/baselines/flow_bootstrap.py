@@ -44,6 +44,8 @@ from rsm_sampler.resampling import cumulative_weight, stratified_indices
 
 __all__ = ["AnnealedDraws", "FABConfig", "FlowSampler", "annealed_draws", "fab", "fab_loss"]
 
+_CHUNK = 8192  # draws made at a time; bounds the memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class FABConfig:
@@ -197,9 +199,13 @@ class FlowSampler:
         """
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        # zuko's transforms refuse an empty batch.
-        z, log_prob = self.flow.draw(max(1, n), generator=generator or self.generator)
-        return self.target.to_x(z)[:n], log_prob[:n] - self.target.affine.log_det
+        pieces = []
+        for i in range(0, max(1, n), _CHUNK):
+            size = max(1, min(_CHUNK, n - i))  # zuko's transforms refuse an empty batch
+            z, log_prob = self.flow.draw(size, generator=generator or self.generator)
+            pieces.append((self.target.to_x(z), log_prob - self.target.affine.log_det))
+        x, log_prob = map(torch.cat, zip(*pieces, strict=True))
+        return x[:n], log_prob[:n]
 
     @torch.no_grad()
     def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
