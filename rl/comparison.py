@@ -6,7 +6,7 @@ A folder of runs (made by :func:`rl.grid.compare`, or by hand: its ``runs/`` hol
 =================== ==========================================================================
 ``scores.json``     the return of every run at every evaluation
 ``report.md``       last and best, interquartile means and probabilities of improvement with
-                    their intervals, wall time and memory
+                    their intervals, by task and over tasks, wall time and memory
 ``curves.png``      return over steps, all seeds and their mean
 ``profiles.png``    share of runs above a normalised return
 =================== ==========================================================================
@@ -159,16 +159,13 @@ def write_report(
     (out / "scores.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
     envs = found.envs
     high = _best_means(found) if reference is None else dict(reference)
-    # Only where all agents have runs do numbers over tasks compare like with like.
-    common = [
-        env
-        for env in envs
-        if all(env in by for by in found.curves.values()) and high[env] > found.random[env]
-    ]
+    groups = {tuple(agents): envs for agents, envs in _comparable(found, high) if envs}
     units = {
-        agent: normalised({env: found.scores(agent)[env] for env in common}, found.random, high)
-        for agent in found.curves
-        if common
+        agents: {
+            agent: normalised({env: found.scores(agent)[env] for env in envs}, found.random, high)
+            for agent in agents
+        }
+        for agents, envs in groups.items()
     }
     lines = [
         f"# {', '.join(found.curves)} at {found.total_steps:,} steps",
@@ -182,9 +179,12 @@ def write_report(
         "",
         *_cost_lines(found),
     ]
+    lines += _each_task(found, high)
+    for group in units.values():
+        lines += _over_tasks(group, found, high)
     if units:
-        lines += _over_tasks(units, found, high, common)
-        _draw_profiles(units, out / "profiles.png")
+        lines += ["", "![profiles](profiles.png)"]
+        _draw_profiles(list(units.values()), out / "profiles.png")
     _draw_curves(found, out / "curves.png")
     path = out / "report.md"
     path.write_text("\n".join(lines) + "\n")
@@ -218,11 +218,56 @@ def _cost_lines(found: Comparison) -> list[str]:
     return _table(rows)
 
 
+def _comparable(found: Comparison, high: Mapping[str, float]) -> list[tuple[list[str], list[str]]]:
+    """Agents with the tasks that all of them have, so that like is compared with like.
+
+    Those that have all tasks on all, and all agents on what they have in common.
+    """
+    envs = [env for env in found.envs if high[env] > found.random[env]]
+    whole = [agent for agent, by_env in found.curves.items() if set(envs) <= set(by_env)]
+    common = [env for env in envs if all(env in by for by in found.curves.values())]
+    groups = [(list(found.curves), common)]
+    return [(whole, envs), *groups] if 1 < len(whole) < len(found.curves) else groups
+
+
+def _each_task(found: Comparison, high: Mapping[str, float]) -> list[str]:
+    """By task: the share of the best agent's return, and how likely a run is better than its."""
+    rows = [["environment", *found.curves]]
+    for env in found.envs:
+        runs = {
+            agent: found.scores(agent)[env]
+            for agent, by_env in found.curves.items()
+            if env in by_env
+        }
+        best = max(runs, key=lambda agent: runs[agent].mean())
+        cells = []
+        for agent in found.curves:
+            cell = "–"
+            if agent in runs and high[env] > found.random[env]:
+                unit = normalised({env: runs[agent]}, found.random, high)
+                cell = (
+                    f"**{unit[env].mean():.2f}**" if agent == best else f"{unit[env].mean():.2f}"
+                )
+                if agent != best:
+                    rivals = {env: runs[best]}
+                    better = stratified_bootstrap(
+                        probability_of_improvement, {env: runs[agent]}, rivals
+                    )
+                    cell += f"; {better}"
+            cells.append(cell)
+        rows.append([env, *cells])
+    return [
+        "",
+        "Each task: mean of last returns, 0 being that of random actions and 1 the reference (the "
+        "best agent's mean, unless another was given); after it the probability that a run is "
+        "better than one of the best agent, in bold, with its interval.",
+        "",
+        *_table(rows),
+    ]
+
+
 def _over_tasks(
-    units: dict[str, dict[str, NDArray[np.float64]]],
-    found: Comparison,
-    high: Mapping[str, float],
-    envs: Sequence[str],
+    units: dict[str, dict[str, NDArray[np.float64]]], found: Comparison, high: Mapping[str, float]
 ) -> list[str]:
     means = {
         agent: stratified_bootstrap(interquartile_mean, runs) for agent, runs in units.items()
@@ -232,6 +277,7 @@ def _over_tasks(
     for agent, runs in units.items():
         better = stratified_bootstrap(probability_of_improvement, runs, units[best])
         rows.append([agent, str(means[agent]), "–" if agent == best else str(better)])
+    envs = list(units[best])
     scale = ", ".join(f"{env} {found.random[env]:.1f} and {high[env]:.1f}" for env in envs)
     return [
         "",
@@ -239,8 +285,6 @@ def _over_tasks(
         "95 % (stratified bootstrap of runs). Returns that count as 0 and 1: " + scale + ".",
         "",
         *_table(rows),
-        "",
-        "![profiles](profiles.png)",
     ]
 
 
@@ -296,16 +340,21 @@ def _draw_curves(found: Comparison, path: Path) -> None:
     save_figure(ax, path)
 
 
-def _draw_profiles(units: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
-    top = max(float(runs.max()) for by_env in units.values() for runs in by_env.values())
-    thresholds = np.linspace(0, max(1.0, top) * 1.05, 200)
-    _, (ax,) = new_figure()
-    for agent, runs in units.items():
-        ax.plot(thresholds, performance_profile(runs, thresholds), label=agent)
-    ax.set_xlabel("normalised return")
-    ax.set_ylabel("share of runs above it")
-    ax.legend(fontsize=7)
-    save_figure(ax, path)
+def _draw_profiles(
+    groups: Sequence[dict[str, dict[str, NDArray[np.float64]]]], path: Path
+) -> None:
+    _, axes = new_figure(1, len(groups))
+    for ax, units in zip(axes, groups, strict=True):
+        top = max(float(runs.max()) for by_env in units.values() for runs in by_env.values())
+        thresholds = np.linspace(0, max(1.0, top) * 1.05, 200)
+        for agent, runs in units.items():
+            ax.plot(thresholds, performance_profile(runs, thresholds), label=agent)
+        envs = next(iter(units.values()))
+        ax.set_title(", ".join(envs), fontsize=9)
+        ax.set_xlabel("normalised return")
+        ax.legend(fontsize=7)
+    axes[0].set_ylabel("share of runs above it")
+    save_figure(axes[0], path)
 
 
 # ---------------------------------------------------------------------- reading

@@ -61,9 +61,23 @@ def test_the_report_holds_the_numbers_of_the_runs(tmp_path):
     # a: 0.2, 0.4, 1; b: 1, 1, 1. On x all pairs are lost, on y all are equal.
     assert "| a | 0.53 [" in text and "| b | 1.00 [1.00, 1.00] | – |" in text
     assert "] | 0.25 [0.25, 0.25] |" in text
+    assert "| x | 0.30; 0.00 [0.00, 0.00] | **1.00** |" in text
+    assert "| y | **1.00** | 1.00; 0.50 [0.50, 0.50] |" in text
     for name in ("curves.png", "profiles.png"):
         assert (tmp_path / name).stat().st_size > 5000
     assert json.loads((tmp_path / "scores.json").read_text())["random"] == known().random
+
+
+def test_agents_with_fewer_tasks_do_not_hide_the_others_tasks(tmp_path):
+    """c has run on x alone: a and b are compared on both tasks, all three on x."""
+    found = known()
+    found.curves["c"] = {"x": {0: curve(0, 0, 5)}}
+    text = write_report(found, tmp_path).read_text()
+    both, one = text.split("Over 2 tasks")[1].split("Over 1 task")
+    assert "| a | 0.53 [" in both and "| c |" not in both
+    assert "| a | 0.30 [" in one and "| c | 0.50 [0.50, 0.50] | 0.00 [0.00, 0.00] |" in one
+    assert "| x | 0.30; 0.00 [0.00, 0.00] | **1.00** | 0.50; 0.00 [0.00, 0.00] |" in text
+    assert "| **1.00** | 1.00; 0.50 [0.50, 0.50] | – |" in text
 
 
 def test_a_reference_counts_as_one(tmp_path):
