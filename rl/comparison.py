@@ -184,7 +184,7 @@ def write_report(
         lines += _over_tasks(group, found, high)
     if units:
         lines += ["", "![profiles](profiles.png)"]
-        _draw_profiles(list(units.values()), out / "profiles.png")
+        _draw_profiles(found, list(units.values()), out / "profiles.png")
     _draw_curves(found, out / "curves.png")
     path = out / "report.md"
     path.write_text("\n".join(lines) + "\n")
@@ -341,14 +341,16 @@ def _draw_curves(found: Comparison, path: Path) -> None:
 
 
 def _draw_profiles(
-    groups: Sequence[dict[str, dict[str, NDArray[np.float64]]]], path: Path
+    found: Comparison, groups: Sequence[dict[str, dict[str, NDArray[np.float64]]]], path: Path
 ) -> None:
+    color = {agent: f"C{i}" for i, agent in enumerate(found.curves)}
     _, axes = new_figure(1, len(groups))
     for ax, units in zip(axes, groups, strict=True):
         top = max(float(runs.max()) for by_env in units.values() for runs in by_env.values())
         thresholds = np.linspace(0, max(1.0, top) * 1.05, 200)
         for agent, runs in units.items():
-            ax.plot(thresholds, performance_profile(runs, thresholds), label=agent)
+            share = performance_profile(runs, thresholds)
+            ax.plot(thresholds, share, color=color[agent], label=agent)
         envs = next(iter(units.values()))
         ax.set_title(", ".join(envs), fontsize=9)
         ax.set_xlabel("normalised return")
