@@ -15,7 +15,7 @@ Methods:
 * ``ddpm-mcmc``: denoising score matching (9) on states of parallel tempering, with as many;
 * ``ddpm-exact``: the same on 16,384 exact draws of the target, or of long chains where there are
   none. Both take the steps of the defaults, of particles twice those of ``rsm``, which gradients
-  shorten (of LJ55, where it is trained for longer, a quarter more);
+  shorten; of LJ55, where ``rsm`` is trained for longer, as many as it takes;
 * ``idem``, ``fab``: the peers of :mod:`rsm_sampler.baselines`, with as many. Their published
   settings spend hundreds to ten thousands of times more; here iDEM uses an estimate eight times
   and FAB an annealed point as often, so that a few thousand optimiser steps come out.
@@ -79,8 +79,9 @@ def fitted(
     started = time.perf_counter()
     curve: list[tuple[int, float]] = []
     config = TrainerConfig(**task.config)
-    # With samples a fit makes all its steps, where gradients at them save half.
-    usual = dataclasses.replace(config, steps_per_cycle=None)
+    # With samples a fit makes all its steps, where gradients save half: as many for LJ55.
+    steps = config.steps_per_cycle
+    usual = dataclasses.replace(config, steps_per_cycle=None if steps is None else steps // 2)
     sampler: EnergySampler | FlowSampler
     if method in {"rsm", "rsm-values"}:
         gradients = {"gradients": "differences"} if method == "rsm-values" else {}
