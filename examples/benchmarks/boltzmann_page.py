@@ -258,8 +258,7 @@ value; log Z of a trained sampler takes 32,768 more (in 200 dimensions 131,072, 
 1,024, LJ55 64), by the weights of its paths (up to 16 dimensions: by its density). Beside it
 stands what the draws of the last bank of training say of log Z by themselves, where they are
 independent: a mixture's, or those of the sampler of an earlier cycle. Plain chains and peers have
-the evaluations of `rsm` with the same seed, some peers more, as their column says; `rsm-values`,
-without gradients, takes what it takes.
+the evaluations of `rsm` with the same seed; `rsm-values`, without gradients, takes what it takes.
 Of hare-lynx, whose energy has no gradients, `rsm` is by values alone, and the methods that need
 them are left out. The chains' 10,000 further independent draws are counted by the spread of the
 chains' means in the coordinates that they are slow in; such a count cannot see what all chains
