@@ -140,10 +140,13 @@ def compare(
             name = run.folder.name
             say(f"[{done}/{len(pending)}] {name}{f' failed: {error}' if error else ''}")
             failures += [f"{name}: {error}"] if error else []
+    failed = f"{len(failures)} of {len(runs)} runs failed: " + "; ".join(failures)
+    if len(failures) == len(runs):
+        raise RuntimeError(failed)
     found = read(out, total_steps=total_steps)
     write_report(found, out, reference=reference)
     if failures:
-        raise RuntimeError(f"{len(failures)} of {len(runs)} runs failed: " + "; ".join(failures))
+        raise RuntimeError(failed)
     return found
 
 

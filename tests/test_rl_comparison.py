@@ -222,6 +222,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
             **SMALL,
         )
     assert list(read(tmp_path).curves) == ["dpmd"] and (tmp_path / "report.md").exists()
+    with pytest.raises(RuntimeError, match="1 of 1 runs failed: dpmd-Pendulum-v1-0: ValueError"):
+        compare(["Pendulum-v1"], ["dpmd"], seeds=1, total_steps=50, out=tmp_path / "none",
+                **QUIET, **SMALL)  # fmt: skip
 
 
 def test_ray_runs_the_grid(tmp_path):

@@ -180,9 +180,9 @@ and settings are in `docs/results/bandit.json` and the script.
 `python examples/benchmarks/learning.py`: one update per step, 20 evaluation episodes every 1,000
 steps; the goals are −200 within 15,000 steps of Pendulum-v1 and 1,000 within 20,000 steps of
 InvertedPendulum-v5. A run stops after two evaluations in a row that reach its goal; "last" is its
-last evaluation. PPO and DPPO, which learn from each step for a short while only, have 300,000 steps
-and are evaluated every 10,000. Networks have three hidden layers of 128 units, those of QSM, DIPO,
-DACER, QVPO and DPPO two of 64; SAC, TD3 and PPO are those of stable-baselines3.
+last evaluation. PPO and DPPO, which learn from each step for a short while only, have 300,000
+steps and are evaluated every 10,000. Networks have three hidden layers of 128 units, those of QSM,
+DIPO, DACER, QVPO and DPPO two of 64; SAC, TD3 and PPO are those of stable-baselines3.
 
 {learning()}
 """

@@ -4,25 +4,30 @@
     python examples/benchmarks/comparison.py --envs Pendulum-v1 --agents sdac sac --jobs 2
     python examples/benchmarks/comparison.py --report-only
 
-50,000 steps of five environments with one update a round, 5,000 random steps included, as in the
-paper but shorter; networks of two layers of 128, and, for so few updates, faster critics than the
-paper's. SAC and TD3 of stable-baselines3 make an update every fifth step too, PPO has its default;
-their networks and learning rates are that library's. Five seeds for SDAC, DPMD and SAC, three for
-the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20 episodes, every 5,000 steps.
+50,000 steps, five environments at a time and one update a round, 5,000 random steps included, as
+in the paper but shorter; networks of two layers of 128, and, for so few updates, faster critics
+than the paper's. SAC and TD3 of stable-baselines3 make an update every fifth step too, PPO has its
+default; their networks and learning rates are that library's. Five seeds for SDAC, DPMD and SAC,
+three for the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20 episodes, every 5,000
+steps.
 
-Runs are in ``--runs``; the report goes to docs/comparison.md with its figures, the scores of every
-run at every evaluation to docs/results/comparison.json.
+Runs are in ``--runs``; the returns of finished ones at every evaluation go to
+docs/results/comparison.json, and are not made again, the report of all to docs/comparison.md with
+its figures.
 """
 
 import argparse
-import json
+import os
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from results import FOLDER, machine
+import torch
+from results import FOLDER, load, store
 
 import rl
-from rl.comparison import read, write_report
+from rl.comparison import Comparison, Curve, write_report
 
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5", "Reacher-v5", "HalfCheetah-v5"]
 STEPS, EVERY = 50_000, 5000
@@ -51,17 +56,44 @@ AGENTS: dict[str, tuple[int, dict[str, Any]]] = {
 SOME = {name: ["Pendulum-v1", "HalfCheetah-v5"] for name in ("qvpo", "dipo", "dppo")}
 
 
-def report(runs: Path) -> None:
-    """Tables, figures and scores from the runs that are there."""
-    found = read(runs, total_steps=STEPS)
-    text = write_report(found, runs).read_text()
-    for name in ("curves", "profiles"):
-        drawn = runs / f"{name}.png"
-        if drawn.exists():
-            (FOLDER.parent / "figures" / f"comparison_{name}.png").write_bytes(drawn.read_bytes())
-        text = text.replace(f"({name}.png)", f"(figures/comparison_{name}.png)")
+def stored() -> dict[str, dict]:
+    """Finished runs by ``agent env/seed``."""
+    return {key: record for key, record in load("comparison").items() if key != "random"}
+
+
+def keep(found: Comparison) -> None:
+    """Store what is finished and not yet stored."""
+    before = stored()
+    for agent, by_env in found.curves.items():
+        for env, runs in by_env.items():
+            for seed, curve in runs.items():
+                key = f"{agent} {env}/{seed}"
+                if key not in before and curve.steps[-1] >= STEPS:
+                    store("comparison", key, asdict(curve))
+    store("comparison", "random", {**load("comparison").get("random", {}), **found.random})
+
+
+def report() -> None:
+    """Tables and figures of what is stored."""
+    curves: dict[str, dict[str, dict[int, Curve]]] = {name: {} for name in AGENTS}
+    for key, record in stored().items():
+        name, seed = key.split("/")
+        agent, env = name.split()
+        curve = Curve(**{k: v for k, v in record.items() if k != "machine"})
+        curves[agent].setdefault(env, {})[int(seed)] = curve
+    random = {env: value for env, value in load("comparison")["random"].items() if env in TASKS}
+    found = Comparison({agent: by for agent, by in curves.items() if by}, random, STEPS)
+    with tempfile.TemporaryDirectory() as folder:
+        text = write_report(found, folder).read_text()
+        for name in ("curves", "profiles"):
+            drawn = Path(folder) / f"{name}.png"
+            if drawn.exists():
+                copy = FOLDER.parent / "figures" / f"comparison_{name}.png"
+                copy.write_bytes(drawn.read_bytes())
+            text = text.replace(f"({name}.png)", f"(figures/comparison_{name}.png)")
     title, _, rest = text.partition("\n")
-    where = ", ".join(f"{name} {value}" for name, value in machine().items())
+    machines = [record["machine"] for record in stored().values()]
+    where = ", ".join(f"{name} {value}" for name, value in machines[-1].items())
     settings = "\n".join(
         f"* {name}: {seeds} seeds"
         + (f" on {', '.join(SOME[name])}" if name in SOME else "")
@@ -78,6 +110,7 @@ def report(runs: Path) -> None:
         said,
         "",
         f"Here: {title.removeprefix('# ')}. Machine: {where}.",
+        "",
         rest.strip("\n"),
         "",
         "## Settings",
@@ -86,8 +119,6 @@ def report(runs: Path) -> None:
         "",
     ]
     (FOLDER.parent / "comparison.md").write_text("\n".join(page))
-    scores = json.loads((runs / "scores.json").read_text())
-    (FOLDER / "comparison.json").write_text(json.dumps(scores) + "\n")
 
 
 def main() -> None:
@@ -100,22 +131,31 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"))
     parser.add_argument("--report-only", action="store_true")
     arguments = parser.parse_args()
-    for seed in [] if arguments.report_only else arguments.seeds:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))  # as each run has
+    passes = [] if arguments.report_only else [arguments.seeds[:1], arguments.seeds[1:]]
+    for chosen in passes:
         for agent in arguments.agents:
             seeds, changes = AGENTS[agent]
             envs = [env for env in arguments.envs if env in SOME.get(agent, TASKS)]
-            if seed < seeds and envs:
-                rl.compare(
-                    envs,
+            missing = [
+                (env, seed)
+                for env in envs
+                for seed in chosen
+                if seed < seeds and f"{agent} {env}/{seed}" not in stored()
+            ]
+            if missing:
+                found = rl.compare(
+                    [env for env in envs if env in {pair[0] for pair in missing}],
                     [agent],
                     total_steps=STEPS,
                     out=arguments.runs,
-                    seeds=[seed],
+                    seeds=sorted({pair[1] for pair in missing}),
                     jobs=arguments.jobs,
                     eval_every=EVERY,
                     **changes,
                 )
-    report(arguments.runs)
+                keep(found)
+    report()
 
 
 if __name__ == "__main__":
