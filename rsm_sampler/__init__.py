@@ -22,7 +22,7 @@ from rsm_sampler.diagnostics import Diagnosis
 from rsm_sampler.energy import BudgetExceededError, EnergyError
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.loggers import JSONLinesLogger, Logger, MemoryLogger, TensorBoardLogger
-from rsm_sampler.trainer import EnergyDiffusionTrainer, Progress
+from rsm_sampler.trainer import DivergedError, EnergyDiffusionTrainer, Progress
 from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.version import __version__
 
@@ -34,6 +34,7 @@ __all__ = [
     "BudgetExceededError",
     "CheckpointError",
     "Diagnosis",
+    "DivergedError",
     "EnergyDiffusionTrainer",
     "EnergyError",
     "EnergySampler",

@@ -14,20 +14,20 @@ has features :math:`h_i` and K vectors :math:`v_i^k`, and sees the others along
               w_i^k = \sum_l A_{kl}\, v_i^l, \\
     (f, g) &= \phi_h\big(h_i,\; \tfrac1{\sqrt n} \sum_j m_{ij},\;
               w_i^k \cdot \hat v_i^k\big), \\
-    h_i &\leftarrow h_i + f, \qquad v_i^k \leftarrow v_i^k + g_k\, w_i^k,
+    h_i &\leftarrow h_i + f, \qquad v_i^k \leftarrow v_i^k + \hat g_k\, w_i^k,
 
 where the noise level scales and shifts both layers of :math:`\phi_e`. Features begin with the
 distance from the centre of mass and vectors with the direction to it; the displacement is a sum
-of the last vectors, weighted by the last features. For any rotation or reflection R, permutation P
+of the last vectors, bounded, weighted by the last features. For any rotation or reflection R, permutation P
 and the network's output F
 
 .. math:: F(P x R) = P\, F(x)\, R .
 
 Angles between three particles are so known from the first round on. A network that knows distances
 alone has to move its particles to find out about angles, and of four that were trained on the
-cluster of 13 Lennard-Jones atoms two never did. What enters a product of vectors is bounded:
-otherwise each round squares the one before. Messages are symmetric, so each pair is worked on
-once, not twice.
+cluster of 13 Lennard-Jones atoms two never did. One factor of every product is bounded: otherwise
+each round squares the one before, and of 55 atoms a few configurations in a thousand have losses
+that no step survives. Messages are symmetric, so each pair is worked on once, not twice.
 
 References:
     | E(n) equivariant graph neural networks (Satorras et al., 2021)
@@ -152,7 +152,7 @@ class EGNN(nn.Module):
         for messages in self.rounds:
             features, vectors = messages(features, vectors, bumps, between, level, self.pairs)
         share = self.share(nn.functional.silu(self.feature(features)))
-        return self.inside.inverse((share.unsqueeze(-2) * vectors).sum(-1).flatten(-2))
+        return self.inside.inverse((share.unsqueeze(-2) * _bounded(vectors)).sum(-1).flatten(-2))
 
     def _radial(self, distance: Tensor) -> Tensor:
         width = self.centres[1] - self.centres[0] if len(self.centres) > 1 else 1.0
@@ -211,6 +211,7 @@ class _Messages(nn.Module):
         seen = torch.cat([features, gathered, (mixed * _bounded(vectors)).sum(-2)], -1)
         change = self.output(nn.functional.silu(self.feature(seen)))
         moved, gain = change.tensor_split((features.shape[-1],), -1)
+        gain = gain * (1 + gain.square()).rsqrt()
         return features + moved, vectors + gain.unsqueeze(-2) * mixed
 
 

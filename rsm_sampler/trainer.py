@@ -58,13 +58,17 @@ from rsm_sampler.supply import Supply
 from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
-__all__ = ["EnergyDiffusionTrainer", "Progress"]
+__all__ = ["DivergedError", "EnergyDiffusionTrainer", "Progress"]
 
 _KIND, _VERSION = "trainer", 4
 _LEAST_BUDGET = 500
 _WORTH_A_CYCLE = 1.25  # growth of the share of the effective sample size
 _SAVE_EVERY = 600.0  # seconds of a cycle
 _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is computed once
+
+
+class DivergedError(ArithmeticError):
+    """The loss of a training is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +343,8 @@ class EnergyDiffusionTrainer:
         Raises:
             EnergyError: If the energy cannot be sampled, and why.
             CheckpointError: If the checkpoint is not of this trainer.
+            DivergedError: If the loss is no longer finite, looked at every 100 steps; a
+                checkpoint is left as it was.
         """
         path = None if checkpoint_path is None else Path(checkpoint_path)
         if path is not None and path.exists() and self.step == 0 and self.bank is None:
@@ -381,6 +387,8 @@ class EnergyDiffusionTrainer:
             if self.bank is None:
                 raise
             bar.write("interrupted: returning what was learned so far")
+        except DivergedError:
+            raise  # nothing here is worth keeping
         except BaseException:
             self._save(path, started)
             raise
@@ -537,6 +545,11 @@ class EnergyDiffusionTrainer:
                 raise KeyboardInterrupt
             if self.step % 100 == 0 or self.step_in_cycle == length:
                 mean_loss = float(total) / since
+                if self.team.most(int(not math.isfinite(mean_loss))):
+                    raise DivergedError(
+                        f"loss must stay finite, got {mean_loss} within the last {since} of "
+                        f"{self.step} steps; a learning_rate below {config.learning_rate} may help"
+                    )
                 total.zero_()
                 since_now, since = since, 0
                 ess = self.history[-1]["ess"] if self.history else math.nan

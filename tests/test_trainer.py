@@ -12,11 +12,13 @@ import energies
 from energies import ConditionalMixture, GaussianMixture
 from rsm_sampler import (
     CheckpointError,
+    DivergedError,
     EnergyDiffusionTrainer,
     EnergyError,
     EnergySampler,
     MemoryLogger,
     TrainerConfig,
+    checkpoint,
 )
 from rsm_sampler.bank import Bank
 from rsm_sampler.proposals import GaussianProposal
@@ -335,6 +337,16 @@ def test_an_energy_that_raises_leaves_its_traceback_and_a_checkpoint(tmp_path, w
 def test_an_energy_that_raises_in_the_search_raises_the_users_error():
     with pytest.raises(OSError, match="the simulator is down"):
         fit(EnergyDiffusionTrainer(Fragile(3), 2, config=tiny()))
+
+
+def test_training_that_diverges_says_so_and_leaves_its_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    trainer = EnergyDiffusionTrainer(normal, 2, config=tiny(learning_rate=1e30))
+    with pytest.raises(DivergedError, match="a learning_rate below 1e\\+30 may help"):
+        fit(trainer, checkpoint_path=path)
+    assert not trainer.history
+    kept = checkpoint.load(path, kind="trainer", version=4)
+    assert kept["step"] == 0 and all(v.isfinite().all() for v in kept["denoiser"].values())
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
