@@ -106,3 +106,15 @@ def test_the_flow_of_an_equivariant_denoiser_has_an_invariant_density():
 def test_sizes_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         EGNN(3, 2, **{name: 0})
+
+
+def test_long_vectors_do_not_square_themselves_from_round_to_round():
+    """Without bounds two rounds make 10¹² times as much of vectors 10⁴ times as long."""
+    net = network(7, 2)
+    x = torch.randn(50, net.dim, generator=seeded(3), dtype=torch.float64)
+    level = torch.zeros(50, dtype=torch.float64)
+    with torch.no_grad():
+        usual = net(x, level).abs().amax()
+        net.direction.weight *= 1e4
+        net.direction.bias *= 1e4
+        assert 0 < net(x, level).abs().amax() < 1e5 * usual
