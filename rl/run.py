@@ -52,7 +52,7 @@ from rl.qvpo import QVPO
 from rl.replay import MultiStep, ReplayBuffer
 from rl.sdac import SDAC
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
-from rsm_sampler import checkpoint
+from rsm_sampler import DivergedError, checkpoint
 from rsm_sampler.loggers import JSONLinesLogger, Logger
 from rsm_sampler.version import __version__
 
@@ -205,6 +205,7 @@ class Run:
         self._since = (time.perf_counter(), 0, 0)
         self._saved_at = -1
         self.failed = False  # some environments may have stepped without us
+        self.diverged = False
         self._loggers: list[Logger] = []
         self._log_file: JSONLinesLogger | None = None
 
@@ -266,8 +267,16 @@ class Run:
             action: Actions within or about [-1, 1], (num_envs, action_dim).
 
         Raises:
+            DivergedError: If an action is not finite.
             EnvironmentFailure: If an environment raises or returns NaN.
         """
+        if not np.isfinite(action).all():
+            self.diverged = True
+            raise DivergedError(
+                f"{self.agent.name} must give finite actions, got {action[0].tolist()} at step "
+                f"{self.step} after {self.agent.updates} updates: training has diverged; lower "
+                "learning rates may help, and the last checkpoint stands"
+            )
         try:
             after = self.environments.step(action)
         except EnvironmentFailure:

@@ -78,6 +78,7 @@ def train(
 
     Raises:
         ValueError: If an argument does not fit.
+        DivergedError: If the agent's actions are not finite; the last checkpoint stands.
         EnvironmentFailure: If an environment raises or returns NaN; the run is saved before.
     """
     if "seeds" in changes:
@@ -160,6 +161,7 @@ def train_seeds(
 
     Raises:
         ValueError: If an argument does not fit.
+        DivergedError: If an agent's actions are not finite; its last checkpoint stands.
         EnvironmentFailure: If an environment raises or returns NaN; all runs are saved before.
     """
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -338,7 +340,8 @@ def _go(
         tqdm.write(f"interrupted at step {first.step:,}; {where}")
     except Exception:
         for run in runs:
-            run.save()
+            if not run.diverged:
+                run.save()
         raise
     finally:
         bar.close()

@@ -15,7 +15,7 @@ import torch
 
 import rl
 from rl.cli import main
-from rsm_sampler import checkpoint
+from rsm_sampler import DivergedError, checkpoint
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import JSONLinesLogger, MemoryLogger
 from tests.toy_envs import Counter, Wells
@@ -245,6 +245,18 @@ def test_a_failing_environment_leaves_a_saved_run(bad, tmp_path):
         quick("sdac", lambda: Counter(9, bad_step=30, bad=bad), run_dir=folder)
     state = checkpoint.load(folder / "checkpoint.pt", kind="run")
     assert state["step"] == 58 and state["transitions"] == 58
+
+
+@pytest.mark.parametrize("agent", ["sdac", "dppo"])
+def test_a_run_that_diverges_leaves_its_last_checkpoint(agent, tmp_path):
+    folder, options = tmp_path / "run", {"rollout_steps": 40} if agent == "dppo" else {}
+    with pytest.raises(DivergedError, match=rf"{agent} must give finite actions, got \[nan\]"):
+        quick(
+            agent, policy_lr=1e30, run_dir=folder, checkpoint_every=20, total_steps=400, **options
+        )
+    kept = checkpoint.load(folder / "checkpoint.pt", kind="run")
+    modules = kept["agent"]["modules"]
+    assert all(p.isfinite().all() for module in modules.values() for p in module.values())
 
 
 def test_after_a_failure_episodes_begin_anew(tmp_path):
