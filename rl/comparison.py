@@ -244,15 +244,12 @@ def _each_task(found: Comparison, high: Mapping[str, float]) -> list[str]:
         for agent in found.curves:
             cell = "–"
             if agent in runs and high[env] > found.random[env]:
-                unit = normalised({env: runs[agent]}, found.random, high)
-                cell = (
-                    f"**{unit[env].mean():.2f}**" if agent == best else f"{unit[env].mean():.2f}"
-                )
-                if agent != best:
-                    rivals = {env: runs[best]}
-                    better = stratified_bootstrap(
-                        probability_of_improvement, {env: runs[agent]}, rivals
-                    )
+                own, best_own = {env: runs[agent]}, {env: runs[best]}
+                cell = f"{normalised(own, found.random, high)[env].mean():.2f}"
+                if agent == best:
+                    cell = f"**{cell}**"
+                else:
+                    better = stratified_bootstrap(probability_of_improvement, own, best_own)
                     cell += f"; {better}"
             cells.append(cell)
         rows.append([env, *cells])

@@ -270,12 +270,13 @@ class Run:
             DivergedError: If an action is not finite.
             EnvironmentFailure: If an environment raises or returns NaN.
         """
-        if not np.isfinite(action).all():
+        bad = ~np.isfinite(action).all(-1)
+        if bad.any():
             self.diverged = True
             raise DivergedError(
-                f"{self.agent.name} must give finite actions, got {action[0].tolist()} at step "
-                f"{self.step} after {self.agent.updates} updates: training has diverged; lower "
-                "learning rates may help, and the last checkpoint stands"
+                f"{self.agent.name} must give finite actions, got {action[bad][0].tolist()} at "
+                f"step {self.step} after {self.agent.updates} updates: training has diverged; "
+                "lower learning rates may help, and the last checkpoint stands"
             )
         try:
             after = self.environments.step(action)

@@ -68,7 +68,7 @@ _POINTS_PER_LEVEL = 4  # of a batch: what depends on the noise level alone is co
 
 
 class DivergedError(ArithmeticError):
-    """The loss of a training is no longer finite."""
+    """The loss of a training, or an action of an agent, is no longer finite."""
 
 
 @dataclass(frozen=True)
