@@ -200,12 +200,18 @@ def compare(
         out: Folder of runs and report; what it holds already is not run again.
         jobs: Runs at a time, each in a process of its own.
         ray: Address of a Ray cluster to run on; local for one on this machine.
-        preset: Configuration of all agents.
+        preset: Configuration of our agents.
         device: Where to train; auto takes a GPU where there is one.
         eval_every: Environment steps between evaluations.
         eval_episodes: Episodes of an evaluation.
-        changes: Fields of the configurations to change.
+        changes: Fields of the configurations to change, of all agents (NAME=VALUE) or of one
+            (AGENT.NAME=VALUE).
     """
+    shared: dict[str, Any] = {}
+    single: dict[str, dict[str, Any]] = {}
+    for name, value in map(_change, changes):
+        agent, of_one, field = name.rpartition(".")
+        (single.setdefault(agent, {}) if of_one else shared)[field] = value
     run_grid(
         envs,
         agents,
@@ -218,7 +224,8 @@ def compare(
         device=device,
         eval_every=eval_every,
         eval_episodes=eval_episodes,
-        **dict(_change(text) for text in changes),
+        changes=single,
+        **shared,
     )
     sys.stdout.write(f"{(out / 'report.md').read_text()}\n{out / 'report.md'}\n")
     return 0

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl.environments import Environments
-from rl.run import read_about
+from rl.run import read_about, uncounted_steps
 from rl.statistics import (
     interquartile_mean,
     normalised,
@@ -50,12 +50,14 @@ class Curve:
         returns: Mean returns, (checkpoints).
         seconds: Wall time of training, evaluations included.
         resident_mb: Largest memory of its process.
+        updates: Steps of the optimiser.
     """
 
     steps: list[int]
     returns: list[float]
     seconds: float
     resident_mb: float
+    updates: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def read(folder: str | os.PathLike[str], *, total_steps: int | None = None) -> C
 
 
 def steps_done(folder: str | os.PathLike[str]) -> int:
-    """Step of a run's last evaluation, 0 before the first.
+    """Step of a run's last evaluation, 0 before the first; of those that its length counts.
 
     Arguments:
         folder: Folder of the run, which need not exist.
@@ -149,7 +151,8 @@ def write_report(
     Arguments:
         found: The runs.
         out: The folder.
-        reference: The return that counts as 1, by environment; the best agent's if None.
+        reference: The return that counts as 1, by environment; the best agent's where none is
+            given.
 
     Returns:
         The report, ``report.md``.
@@ -158,7 +161,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
     envs = found.envs
-    high = _best_means(found) if reference is None else dict(reference)
+    high = {**_best_means(found), **(reference or {})}
     groups = {tuple(agents): envs for agents, envs in _comparable(found, high) if envs}
     units = {
         agents: {
@@ -207,14 +210,16 @@ def _returns(found: Comparison, envs: Sequence[str]) -> list[list[str]]:
 
 
 def _cost_lines(found: Comparison) -> list[str]:
-    rows = [["agent", "runs", "finished", "minutes of a run", "resident MB"]]
+    rows = [["agent", "runs", "finished", "updates per step", "minutes of a run", "resident MB"]]
     for agent, by_env in found.curves.items():
         runs = [curve for by_seed in by_env.values() for curve in by_seed.values()]
         minutes = np.array([curve.seconds for curve in runs]) / 60
+        rate = sum(curve.updates for curve in runs) / sum(curve.steps[-1] for curve in runs)
         memory = max(curve.resident_mb for curve in runs)
         done = sum(curve.steps[-1] >= found.total_steps for curve in runs)
         largest = "–" if math.isnan(memory) else f"{memory:.0f}"
-        rows.append([agent, str(len(runs)), str(done), _spread(minutes), largest])
+        made = "–" if math.isnan(rate) else f"{rate:.2f}"
+        rows.append([agent, str(len(runs)), str(done), made, _spread(minutes), largest])
     return _table(rows)
 
 
@@ -362,18 +367,21 @@ def _draw_profiles(
 def _curve(folder: Path, total_steps: int | None) -> Curve:
     log, cost = folder / "log.jsonl", folder / "cost.json"
     lines = JSONLinesLogger.read(log) if log.exists() else []
-    evaluations = [line for line in lines if "eval_mean" in line]
-    found = [(int(line["step"]), float(line["eval_mean"])) for line in evaluations]
+    before = uncounted_steps(read_about(folder)["config"]) if lines else 0
+    found = {int(line["step"]) - before: line for line in lines if "eval_mean" in line}
+    found = {step: line for step, line in found.items() if step > 0}
     if total_steps is not None:
         # Several environments step together and may end a little later.
-        end = min((step for step, _ in found if step >= total_steps), default=total_steps)
-        found = [(step, mean) for step, mean in found if step <= end]
+        end = min((step for step in found if step >= total_steps), default=total_steps)
+        found = {step: line for step, line in found.items() if step <= end}
+    last = found[max(found)] if found else {}
     taken = json.loads(cost.read_text()) if cost.exists() else {}
     return Curve(
-        [step for step, _ in found],
-        [mean for _, mean in found],
-        taken.get("seconds", math.nan),
+        list(found),
+        [float(line["eval_mean"]) for line in found.values()],
+        last.get("seconds", math.nan),
         taken.get("resident_mb", math.nan),
+        last.get("updates", math.nan),
     )
 
 

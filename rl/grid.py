@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,9 @@ from rsm_sampler.loggers import MemoryLogger
 __all__ = ["Cost", "compare", "estimate_cost"]
 
 _UPDATES = 20  # that a cost is estimated from
+_WARMUP = 5  # updates of each kind before timing: a GPU captures the fourth as a graph
+# Of agents of stable-baselines3 that learn from a replay: what the others do by default.
+_PACE = {"train_freq": 5, "gradient_steps": 1, "learning_starts": 5000}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def compare(
     batched: bool | None = None,
     ray: str | None = None,
     reference: Mapping[str, float] | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Comparison:
@@ -89,8 +93,11 @@ def compare(
         ray: Address of a Ray cluster to run on, ``"local"`` for one on this machine; its nodes
             must share the folder. None runs processes here.
         reference: The return that counts as 1, by environment; the best agent's if None.
+        changes: Fields of the configurations of single agents, by agent, besides those in
+            ``options``.
         say: Receives lines of progress; they go to standard error if None.
-        **options: As for :func:`~rl.training.train`, for all runs.
+        **options: As for :func:`~rl.training.train`, for all runs; a preset is that of our
+            agents.
 
     Returns:
         The curves.
@@ -99,6 +106,10 @@ def compare(
         ValueError: If an argument does not fit.
         ImportError: If Ray is asked for and not installed.
         RuntimeError: If runs failed; the others are kept, and so is the report on them.
+
+    Note:
+        SAC and TD3 make an update every fifth step after 5,000 random ones here, as the other
+        agents do, unless ``changes`` says otherwise; the report says how many each agent made.
     """
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     for name, given in (("envs", envs), ("agents", agents), ("seeds", chosen)):
@@ -107,6 +118,8 @@ def compare(
     known = {*AGENTS, *FOREIGN}
     if set(agents) - known:
         raise ValueError(f"agents must be among {sorted(known)}, got {list(agents)}")
+    if set(changes or {}) - set(agents):
+        raise ValueError(f"changes must be of {list(agents)}, got {list(changes or {})}")
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if options.get("eval_every") == 0:
@@ -119,10 +132,14 @@ def compare(
         _Run(agent, env, seed, out / "runs" / f"{agent}-{env}-{seed}")
         for seed, env, agent in itertools.product(chosen, envs, agents)
     ]
-    changes = {name: value for name, value in options.items() if name not in RUN_OPTIONS}
+    each = {agent: _options(agent, options, (changes or {}).get(agent, {})) for agent in agents}
     configs = {
-        agent: _configuration(agent, options.get("config", "corrected"), changes)
-        for agent in agents
+        agent: _configuration(
+            agent,
+            given.get("config", "corrected"),
+            {name: value for name, value in given.items() if name not in RUN_OPTIONS},
+        )
+        for agent, given in each.items()
     }
     pending = [run for run in runs if steps_done(run.folder) < total_steps]
     for run in runs:
@@ -134,7 +151,7 @@ def compare(
     failures = []
     run_all = _on_ray(ray) if ray is not None else _in_processes
     done = 0
-    for task, error in run_all(_tasks(pending, batched, options), total_steps, jobs, options):
+    for task, error in run_all(_tasks(pending, batched, options), total_steps, jobs, each):
         for run in task:
             done += 1
             name = run.folder.name
@@ -178,29 +195,32 @@ def estimate_cost(
 
 def _cost(agent: str, env: str, config: AgentConfig | dict[str, Any], updates: int) -> Cost:
     if isinstance(config, dict):
-        learns_once = "learning_starts" not in config
-        first = 0 if learns_once else config["learning_starts"]
-        every = config["n_steps"] if learns_once else updates
-        return _cost_of_runs(partial(train_foreign, agent, env, changes=config), first, every)
+        if "learning_starts" in config:  # random steps cost nothing
+            every = updates * max(1, config["train_freq"])
+            config = {**config, "learning_starts": every}
+        else:
+            every = config["n_steps"]
+        return _cost_of_runs(partial(train_foreign, agent, env, changes=config), every)
     kind = AGENTS[agent]
     if isinstance(config, DPPOConfig):
-        return _cost_of_runs(partial(train, agent, env, config=config), 0, config.rollout_steps)
+        return _cost_of_runs(partial(train, agent, env, config=config), config.rollout_steps)
     environments = Environments(env, config.num_envs)
     sizes = (environments.observation_dim, environments.action_dim)
     made = kind(*sizes, config, device="auto")
     replay = ReplayBuffer(max(1000, config.batch_size), *sizes, device=made.device)
     observation = environments.reset(seed=0)
     _fill(replay, environments, observation)
-    for _ in range(2 * config.policy_period):
-        made.update(replay)
+    # Counted first: what a GPU has captured as a graph is not seen by the counter any more.
+    with FlopCounterMode(display=False, custom_mapping=_linear_flops()) as counter:
         made.act(observation)
+    per_step = counter.get_total_flops() / config.num_envs
     with FlopCounterMode(display=False, custom_mapping=_linear_flops()) as counter:
         for _ in range(config.policy_period):
             made.update(replay)
     per_update = counter.get_total_flops() / config.policy_period
-    with FlopCounterMode(display=False, custom_mapping=_linear_flops()) as counter:
+    for _ in range(_WARMUP * config.policy_period):
+        made.update(replay)
         made.act(observation)
-    per_step = counter.get_total_flops() / config.num_envs
     started = time.perf_counter()
     for _ in range(updates):
         made.update(replay)
@@ -239,16 +259,14 @@ def _train(task: _Task, total_steps: int, threads: int, options: dict[str, Any])
     torch.set_num_threads(threads)
     cost = {run.seed: run.folder / "cost.json" for run in task}
     before = {
-        seed: json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+        seed: json.loads(path.read_text())["resident_mb"] if path.exists() else 0.0
         for seed, path in cost.items()
     }
-    started = time.perf_counter()
 
     def keep(progress: RunProgress) -> None:
         path = cost[progress.agent.seed]
-        share = (time.perf_counter() - started) / len(task)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        record = {"seconds": before[progress.agent.seed] + share, "resident_mb": peak}
+        record = {"resident_mb": max(peak, before[progress.agent.seed])}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(path)
@@ -274,7 +292,7 @@ _Outcome = tuple[_Task, str | None]
 
 
 def _in_processes(
-    tasks: list[_Task], total_steps: int, jobs: int, options: dict[str, Any]
+    tasks: list[_Task], total_steps: int, jobs: int, options: dict[str, dict[str, Any]]
 ) -> Iterator[_Outcome]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if not tasks:
@@ -285,10 +303,15 @@ def _in_processes(
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
-        futures = {
-            pool.submit(_train, task, total_steps, threads, options): task for task in tasks
-        }
+
+    def alone(task: _Task) -> None:
+        # In a pool of its own: a pool with a process that was killed ends all others with it.
+        given = total_steps, threads, options[task[0].agent]
+        with ProcessPoolExecutor(1, context) as pool:
+            pool.submit(_train, task, *given).result()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(alone, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], _error(future.exception())
@@ -304,7 +327,7 @@ def _on_ray(address: str) -> Callable[..., Iterator[_Outcome]]:
         raise ImportError("a Ray cluster needs: pip install 'rsm-sampler[ray]'") from error
 
     def run_all(
-        tasks: list[_Task], total_steps: int, jobs: int, options: dict[str, Any]
+        tasks: list[_Task], total_steps: int, jobs: int, options: dict[str, dict[str, Any]]
     ) -> Iterator[_Outcome]:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         own = not ray.is_initialized()
@@ -317,7 +340,10 @@ def _on_ray(address: str) -> Callable[..., Iterator[_Outcome]]:
             )
         remote = ray.remote(num_cpus=threads, max_calls=1)(_train)
         try:
-            waiting = {remote.remote(task, total_steps, threads, options): task for task in tasks}
+            waiting = {
+                remote.remote(task, total_steps, threads, options[task[0].agent]): task
+                for task in tasks
+            }
             while waiting:
                 (ready,), _ = ray.wait(list(waiting))
                 error = None
@@ -343,6 +369,15 @@ def _error(error: BaseException | None) -> str | None:
     return None if error is None else f"{type(error).__name__}: {error}"
 
 
+def _options(agent: str, shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What an agent's runs are given."""
+    if agent not in FOREIGN:
+        return {**shared, **own}
+    shared = {name: value for name, value in shared.items() if name != "config"}
+    pace = {} if agent == "ppo" else _PACE
+    return {**pace, **shared, **own}
+
+
 def _configuration(
     agent: str, config: AgentConfig | str, changes: dict[str, Any]
 ) -> AgentConfig | dict[str, Any]:
@@ -352,22 +387,30 @@ def _configuration(
     return kind.preset(config, **changes) if isinstance(config, str) else config
 
 
-def _cost_of_runs(run: Callable[..., Any], first: int, every: int) -> Cost:
-    """As :func:`estimate_cost`, by runs that end soon after the first updates.
+def _cost_of_runs(run: Callable[..., Any], every: int) -> Cost:
+    """As :func:`estimate_cost`, by the third part of runs that end soon.
 
     Arguments:
         run: Trains, given ``total_steps`` and more.
-        first: Steps before there is an update.
-        every: Steps of a rollout and its epochs, or of some updates.
+        every: Steps of a part: a rollout, whose epochs may fall into the next, or some updates,
+            none of which are in the first.
     """
-    steps = first + 2 * every
-    options: dict[str, Any] = {"total_steps": steps, "eval_every": 0, "progress": False}
+    options: dict[str, Any] = {"total_steps": 3 * every, "eval_every": 0, "progress": False}
+    counts: list[int] = []
+
+    class Marks(MemoryLogger):
+        """Reads the counter at the end of each part."""
+
+        def log(self, step: int, **values: float) -> None:
+            super().log(step, **values)
+            counts.append(counter.get_total_flops())
+
     with FlopCounterMode(display=False, custom_mapping=_linear_flops()) as counter:
-        run(**options)
+        run(**options, logger=Marks(), log_every=every)
     log = MemoryLogger()
     run(**options, logger=log, log_every=every)
     rate = log.records[-1]["env_steps_per_second"]
-    return Cost(counter.get_total_flops() / (steps - first) / 1e9, 1 / rate)
+    return Cost((counts[-1] - counts[-2]) / every / 1e9, 1 / rate)
 
 
 def _check_same(run: _Run, config: AgentConfig | dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,15 @@ from rsm_sampler import DivergedError, checkpoint
 from rsm_sampler.loggers import JSONLinesLogger, Logger
 from rsm_sampler.version import __version__
 
-__all__ = ["AGENTS", "RUN_OPTIONS", "AnyAgent", "Run", "RunProgress", "read_about"]
+__all__ = [
+    "AGENTS",
+    "RUN_OPTIONS",
+    "AnyAgent",
+    "Run",
+    "RunProgress",
+    "read_about",
+    "uncounted_steps",
+]
 
 AGENTS: dict[str, type[BaseAgent]] = {
     kind.name: kind for kind in (SDAC, DPMD, QSM, DIPO, DACER, QVPO, DPPO)
@@ -158,7 +166,7 @@ class Run:
             if not is_environment(eval_env):
                 probe.close()  # made here
         self.eval_env = (None if given else env) if eval_env is None else eval_env
-        self.about = {
+        self.about: dict[str, Any] = {
             "agent": agent,
             "env": describe(env),
             "by_id": isinstance(env, str),
@@ -203,6 +211,7 @@ class Run:
         self.latest: dict[str, torch.Tensor] = {}
         self.recent: list[tuple[float, int]] = []
         self._since = (time.perf_counter(), 0, 0)
+        self._opened, self._spent, self._share = time.perf_counter(), 0.0, 1
         self._saved_at = -1
         self.failed = False  # some environments may have stepped without us
         self.diverged = False
@@ -211,16 +220,19 @@ class Run:
 
     # ------------------------------------------------------------------ a round
 
-    def open(self, logger: Logger | None) -> bool:
+    def open(self, logger: Logger | None, *, share: int = 1) -> bool:
         """Begin, or take up what was interrupted.
 
         Arguments:
             logger: Receives the numbers besides the folder's own log.
+            share: Number of runs that are trained together, each of which takes its share of the
+                time.
 
         Returns:
             Whether the run goes on.
         """
         going_on = self._load()
+        self._opened, self._share = time.perf_counter(), share
         if not going_on:
             self.observation = self.environments.reset(seed=self.seed)
         self._loggers = [] if logger is None else [logger]
@@ -239,7 +251,12 @@ class Run:
     @property
     def end(self) -> int:
         """Environment steps of the whole run."""
-        return self.total_steps + (0 if self.config.count_warmup else self.config.warmup_steps)
+        return self.total_steps + uncounted_steps(self.about["config"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of what has been done, evaluations and earlier sittings included."""
+        return self._spent + (time.perf_counter() - self._opened) / self._share
 
     @property
     def warming_up(self) -> bool:
@@ -355,8 +372,9 @@ class Run:
             if self.folder is not None:
                 self.agent.save(self.folder / "best.pt")
         self.save_agent()
+        spent = {"updates": float(self.agent.updates), "seconds": self.seconds}
         for each in self._loggers:
-            each.log(self.step, **record, eval_best=self.best)
+            each.log(self.step, **record, eval_best=self.best, **spent)
         write(f"step {self.step:,}: {found}")
         return found.mean
 
@@ -421,6 +439,7 @@ class Run:
             "transitions": self.replay.count,
             "open_returns": self.returns.state(),
             "step": self.step,
+            "seconds": self.seconds,
             "owed": self.owed,
             "best": self.best,
             "evaluations": self.evaluations,
@@ -443,7 +462,7 @@ class Run:
         self.evaluations, self.recent = state["evaluations"], state["recent"]
         self.latest = state.get("latest", {})
         self.random = _from_bits(state["random"])
-        self._saved_at = self.step
+        self._saved_at, self._spent = self.step, state.get("seconds", 0.0)
         self._since = (time.perf_counter(), self.step, self.agent.updates)
         if self.environments.resumes_exactly and state["environments"] is not None:
             self.environments.restore(state["environments"])
@@ -452,6 +471,15 @@ class Run:
         else:
             self.observation = self.environments.reset(seed=self.seed + self.step)
         return True
+
+
+def uncounted_steps(config: Mapping[str, Any]) -> int:
+    """Random steps that a run makes before those that its length counts.
+
+    Arguments:
+        config: What ``run.json`` says of its configuration.
+    """
+    return 0 if config.get("count_warmup", True) else int(config["warmup_steps"])
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -6,8 +6,14 @@ fields to change, and everything else is that library's default:
 
     rl.train("sac", "HalfCheetah-v5", total_steps=60_000, learning_starts=5000)
 
+Two fields are not: ``action_noise`` may be a number, the standard deviation of Gaussian noise on
+actions in [-1, 1], and is 0.1 for TD3, which explores by nothing else; ``normalise=True``
+standardises observations and scales rewards (the library's ``VecNormalize``), as is usual with
+PPO.
+
 A run folder looks like that of any other agent but for checkpoints: a run that was interrupted
-begins anew. Agents are saved as numbers alone, so that loading one executes nothing.
+begins anew. Agents are saved as numbers alone, so that loading one executes nothing. Classes in
+``policy_kwargs`` must be of ``torch.nn`` or ``torch.optim``, or their names.
 
 Note:
     Its SAC begins to learn after 100 random steps unless ``learning_starts`` says otherwise; the
@@ -18,6 +24,7 @@ References:
     | https://github.com/DLR-RM/stable-baselines3
 """
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -43,8 +50,15 @@ __all__ = ["FOREIGN", "StableBaselinesAgent", "configuration", "train"]
 
 FOREIGN = ("ppo", "sac", "td3")
 _KIND, _VERSION = "agent", 1
+_EPSILON, _CLIP = 1e-8, 10.0  # of standardised observations; the library's defaults
 _PLAIN = bool | int | float | str | None
 _SET_HERE = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model"}
+# Fields that are not the library's arguments, or whose default is not.
+_OWN: dict[str, dict[str, Any]] = {
+    "ppo": {"normalise": False},
+    "sac": {"normalise": False},
+    "td3": {"normalise": False, "action_noise": 0.1},
+}
 
 
 class StableBaselinesAgent:
@@ -57,7 +71,9 @@ class StableBaselinesAgent:
         high: Upper ends.
         seed: The seed of its training.
         env: Name of the environment, for messages.
-        policy_kwargs: What the policy was made with, besides spaces.
+        policy_kwargs: What the policy was made with, besides spaces; classes by name.
+        moments: The library's running moments of observations that the policy is given
+            standardised; None if it is given them as they are.
 
     Attributes:
         updates: Number of gradient steps so far.
@@ -74,12 +90,13 @@ class StableBaselinesAgent:
         seed: int = 0,
         env: str = "",
         policy_kwargs: dict[str, Any] | None = None,
+        moments: Any = None,  # noqa: ANN401
     ) -> None:
         self.name, self.policy, self.seed, self.env = name, policy, seed, env
         self.low, self.high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         self.observation_dim = policy.observation_space.shape[0]
         self.action_dim = len(self.low)
-        self.policy_kwargs = policy_kwargs or {}
+        self.policy_kwargs, self.moments = policy_kwargs or {}, moments
         self.interrupted, self.updates = False, 0
 
     def predict(
@@ -95,11 +112,16 @@ class StableBaselinesAgent:
             ValueError: If the observation has another length.
         """
         observation = checked_observation(observation, self.observation_dim)
+        if self.moments is not None:
+            centred = observation - self.moments.mean
+            scaled = centred / np.sqrt(self.moments.var + _EPSILON)
+            observation = scaled.clip(-_CLIP, _CLIP).astype(np.float32)
         action, _ = self.policy.predict(observation, deterministic=deterministic)
         return np.asarray(action, np.float32), None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what acting needs: the policy's parameters."""
+        """Write what acting needs: the policy's parameters, and moments of observations."""
+        known = self.moments
         state = {
             "agent": self.name,
             "observation_dim": self.observation_dim,
@@ -108,6 +130,13 @@ class StableBaselinesAgent:
             "seed": self.seed,
             "env": self.env,
             "policy_kwargs": self.policy_kwargs,
+            "moments": None
+            if known is None
+            else {
+                "mean": torch.from_numpy(known.mean),
+                "var": torch.from_numpy(known.var),
+                "count": float(known.count),
+            },
             "modules": {"policy": {k: v.cpu() for k, v in self.policy.state_dict().items()}},
         }
         checkpoint.save(path, state, kind=_KIND, version=_VERSION)
@@ -127,12 +156,19 @@ class StableBaselinesAgent:
             gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float32),
             gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32)),
             lambda _: 0.0,
-            **state["policy_kwargs"],
+            **_with_classes(state["policy_kwargs"]),
         )
         policy.load_state_dict(state["modules"]["policy"])
         policy.set_training_mode(False)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        moments = None
+        if (known := state.get("moments")) is not None:
+            from stable_baselines3.common.running_mean_std import RunningMeanStd
+
+            moments = RunningMeanStd(shape=(n,))
+            moments.mean, moments.var = known["mean"].numpy(), known["var"].numpy()
+            moments.count = known["count"]
         return cls(
             state["agent"],
             policy.to(device),
@@ -141,11 +177,12 @@ class StableBaselinesAgent:
             seed=state["seed"],
             env=state["env"],
             policy_kwargs=state["policy_kwargs"],
+            moments=moments,
         )
 
 
 def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """What decides a run: the arguments of the library's class, its defaults included.
+    """What decides a run: the arguments of the library's class, defaults included.
 
     Arguments:
         name: ``"sac"``, ``"td3"`` or ``"ppo"``.
@@ -153,7 +190,7 @@ def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ImportError: If the library is not installed.
-        ValueError: If there is no such argument.
+        ValueError: If there is no such argument, or a class that a saved agent could not name.
     """
     kind = _algorithm(name)
     parameters = inspect.signature(kind.__init__).parameters
@@ -162,12 +199,16 @@ def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
         for field, parameter in parameters.items()
         if field not in _SET_HERE and isinstance(parameter.default, _PLAIN)
     }
+    own = _OWN[name]
     for field in changes:
-        if field not in parameters or field in _SET_HERE:
+        if field not in own and (field not in parameters or field in _SET_HERE):
             raise ValueError(
                 f"config of {name!r} must have arguments of {kind.__name__}, got {field!r}"
             )
-    return {**fields, **changes}
+    found = {**fields, **own, **changes}
+    if found.get("policy_kwargs"):
+        found["policy_kwargs"] = _with_names(found["policy_kwargs"])
+    return found
 
 
 def train(
@@ -243,8 +284,10 @@ def train(
         loggers.append(JSONLinesLogger(folder / "log.jsonl", resume_step=-1))
     from stable_baselines3.common.callbacks import BaseCallback
 
-    model = _algorithm(name)("MlpPolicy", made, seed=seed, device=device, verbose=0, **changes)
-    kwargs = {key: value for key, value in model.policy_kwargs.items() if key != "use_sde"}
+    model, moments = _model(name, made, config, seed, device)
+    kwargs = config.get("policy_kwargs") or {}
+    if getattr(model, "use_sde", False):  # the policy has other parameters then
+        kwargs = {**kwargs, "use_sde": True}
     agent = StableBaselinesAgent(
         name,
         model.policy,
@@ -253,7 +296,9 @@ def train(
         seed=seed,
         env=describe(env),
         policy_kwargs=kwargs,
+        moments=moments,
     )
+    started = time.perf_counter()
     disable = None if progress is None else not progress
     bar = tqdm(total=total_steps, unit="step", disable=disable, desc=f"{name} {describe(env)}")
     best = -math.inf
@@ -270,7 +315,8 @@ def train(
             bar.update(min(step, total_steps) - bar.n)
             if step % log_every == 0:
                 self._log(step)
-            stop = bool(every and step % every == 0 and self._evaluate(step))
+            due = every and (step % every == 0 or step >= total_steps)
+            stop = bool(due and self._evaluate(step))
             return not stop and step < total_steps  # PPO would complete its last rollout
 
         def _log(self, step: int) -> None:
@@ -278,7 +324,7 @@ def train(
             self.then = now, step
             values = {
                 "env_steps_per_second": (step - before) / max(now - then, 1e-9),
-                "updates": float(model._n_updates),
+                "updates": float(_gradient_steps(model)),
             }
             if model.ep_info_buffer:
                 values["train_return"] = float(np.mean([e["r"] for e in model.ep_info_buffer]))
@@ -298,7 +344,13 @@ def train(
             best = max(best, found.mean)
             if folder is not None:
                 agent.save(folder / "last.pt")
-            record = {"eval_mean": found.mean, "eval_std": found.std, "eval_best": best}
+            record = {
+                "eval_mean": found.mean,
+                "eval_std": found.std,
+                "eval_best": best,
+                "updates": float(_gradient_steps(model)),
+                "seconds": time.perf_counter() - started,
+            }
             for each in loggers:
                 each.log(step, **record)
             return callback is not None and bool(callback(step, found.mean, agent))
@@ -313,11 +365,81 @@ def train(
         for each in loggers:
             if each is not logger:
                 each.close()
-    agent.updates = model._n_updates
+    agent.updates = _gradient_steps(model)
     model.policy.set_training_mode(False)
     if folder is not None:
         agent.save(folder / "last.pt")
     return agent
+
+
+def _model(
+    name: str, env: gymnasium.Env, config: dict[str, Any], seed: int, device: torch.device | str
+) -> tuple[Any, Any]:
+    """The library's algorithm, and its moments of observations if it standardises them."""
+    given: dict[str, Any] = copy.deepcopy(config)  # the library writes into what it is given
+    noise, space = given.get("action_noise"), env.action_space
+    if isinstance(noise, int | float):
+        from stable_baselines3.common.noise import NormalActionNoise
+
+        size = np.full(space.shape or (1,), float(noise))
+        given["action_noise"] = NormalActionNoise(np.zeros_like(size), size)
+    if given.get("policy_kwargs"):
+        given["policy_kwargs"] = _with_classes(given["policy_kwargs"])
+    source: Any = env
+    if given.pop("normalise"):
+        from stable_baselines3.common.monitor import Monitor
+        from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+        source = VecNormalize(
+            DummyVecEnv([lambda: Monitor(env)]),
+            gamma=given["gamma"],
+            epsilon=_EPSILON,
+            clip_obs=_CLIP,
+        )
+    model = _algorithm(name)("MlpPolicy", source, seed=seed, device=device, verbose=0, **given)
+    return model, None if source is env else source.obs_rms
+
+
+def _gradient_steps(model: Any) -> int:  # noqa: ANN401
+    """Steps of the optimiser so far: PPO counts its epochs instead."""
+    made = int(model._n_updates)
+    if not hasattr(model, "n_epochs"):
+        return made
+    return made * math.ceil(model.n_steps * model.n_envs / model.batch_size)
+
+
+def _with_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Classes by their names, which a file can hold."""
+    found = {}
+    for key, value in kwargs.items():
+        if isinstance(value, type):
+            if value not in (_torch_class(value.__name__), None):
+                raise ValueError(
+                    f"policy_kwargs must have classes of torch.nn or torch.optim, which a saved "
+                    f"agent can name, got {key}={value!r}"
+                )
+            value = value.__name__
+        found[key] = _with_names(value) if isinstance(value, dict) else value
+    try:
+        json.dumps(found)
+    except TypeError as error:
+        raise ValueError(
+            f"policy_kwargs must hold numbers, texts, lists and dictionaries, got {kwargs}"
+        ) from error
+    return found
+
+
+def _with_classes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The classes that :func:`_with_names` named."""
+    return {
+        key: _torch_class(value) if key.endswith(("_class", "_fn")) else value
+        for key, value in kwargs.items()
+    }
+
+
+def _torch_class(name: str) -> type | None:
+    found = getattr(torch.nn, name, None) or getattr(torch.optim, name, None)
+    return found if isinstance(found, type) else None
 
 
 def _claim(folder: Path, about: dict[str, Any]) -> None:

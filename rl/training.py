@@ -280,7 +280,9 @@ def _go(
     batched: bool = False,
 ) -> None:
     """Run to the end, or to an interruption."""
-    going_on = [run.open(logger) for run, logger in zip(runs, loggers, strict=True)]
+    going_on = [
+        run.open(logger, share=len(runs)) for run, logger in zip(runs, loggers, strict=True)
+    ]
     first, many = runs[0], len(runs) > 1
     bar = tqdm(
         total=first.total_steps,

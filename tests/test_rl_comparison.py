@@ -83,6 +83,82 @@ def test_agents_with_fewer_tasks_do_not_hide_the_others_tasks(tmp_path):
 def test_a_reference_counts_as_one(tmp_path):
     text = write_report(known(), tmp_path, reference={"x": 20.0, "y": 50.0}).read_text()
     assert "x 0.0 and 20.0" in text
+    # Of a task that it does not name, as of a folder with more tasks, the best agent's mean.
+    text = write_report(known(), tmp_path, reference={"x": 20.0}).read_text()
+    assert "x 0.0 and 20.0, y -50.0 and 50.0" in text
+
+
+def test_random_steps_that_do_not_count_are_not_read_as_training(tmp_path):
+    """A run of 200 steps after 100 that its length leaves out: evaluations at 100 and 200."""
+    folder = tmp_path / "runs" / "dpmd-Pendulum-v1-0"
+    rl.train(
+        "dpmd",
+        "Pendulum-v1",
+        total_steps=200,
+        count_warmup=False,
+        progress=False,
+        run_dir=folder,
+        **SMALL,
+    )
+    found = read(tmp_path, total_steps=200).curves["dpmd"]["Pendulum-v1"][0]
+    assert found.steps == [100, 200] and steps_done(folder) == 200
+    assert found.updates == pytest.approx(0.2 * 200, abs=1)
+
+
+def test_the_time_of_a_run_is_that_of_all_its_sittings(tmp_path):
+    began = time.perf_counter()
+    shared = {"run_dir": tmp_path / "runs" / "run", "progress": False, **SMALL}
+    rl.train("dpmd", "Pendulum-v1", total_steps=200, **shared)
+    first = read(tmp_path).curves["dpmd"]["Pendulum-v1"][0].seconds
+    middle = time.perf_counter()
+    time.sleep(0.5)
+    paused = time.perf_counter()
+    rl.resume(tmp_path / "runs" / "run", total_steps=400, progress=False)
+    second = read(tmp_path).curves["dpmd"]["Pendulum-v1"][0].seconds
+    assert 0 < first < second < middle - began + time.perf_counter() - paused
+
+
+def die():
+    os._exit(9)
+
+
+def test_a_run_whose_process_is_killed_takes_no_other_with_it(tmp_path):
+    with pytest.raises(RuntimeError, match="1 of 3 runs failed: dpmd-Pendulum-v1-0: Broken"):
+        compare(
+            ["Pendulum-v1"],
+            ["dpmd", "qsm", "qvpo"],
+            seeds=1,
+            total_steps=200,
+            out=tmp_path,
+            changes={"dpmd": {"eval_env": die}},
+            **QUIET,
+            **SMALL,
+        )
+    found = read(tmp_path)
+    assert [found.curves[a]["Pendulum-v1"][0].steps[-1] for a in ("qsm", "qvpo")] == [200, 200]
+    assert "dpmd" not in found.curves
+
+
+def test_yardsticks_make_as_many_updates(tmp_path):
+    """Mixed with ours, whose fields they do not know; and the grid goes on with the same call."""
+    pytest.importorskip("stable_baselines3")
+    shared = {key: SMALL[key] for key in ("eval_every", "eval_episodes")}
+    own = {key: value for key, value in SMALL.items() if key not in shared}
+    small = {"learning_starts": 100, "policy_kwargs": {"net_arch": [8]}}
+    grid = {
+        "total_steps": 200,
+        "seeds": 1,
+        "out": tmp_path,
+        "changes": {"dpmd": own, "sac": small, "td3": small},
+        **QUIET,
+        **shared,
+    }
+    found = compare(["Pendulum-v1"], ["dpmd", "sac", "td3"], **grid)
+    updates = {agent: by["Pendulum-v1"][0].updates for agent, by in found.curves.items()}
+    assert all(19 <= made <= 20 for made in updates.values()), updates
+    text = (tmp_path / "report.md").read_text()
+    assert "| td3 | 1 | 1 | 0.10 |" in text or "| td3 | 1 | 1 | 0.09 |" in text
+    assert compare(["Pendulum-v1"], ["dpmd", "sac", "td3"], **grid) == found
 
 
 def test_a_grid_runs_what_is_missing(tmp_path):
@@ -268,6 +344,7 @@ def test_operations_are_counted():
         ({"seeds": 0}, r"seeds must be different ones, at least one, got \(\)"),
         ({"eval_every": 0}, "eval_every must be at least 1, .* got 0"),
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
+        ({"changes": {"dpmd": {}}}, r"changes must be of \['sdac'\], got \['dpmd'\]"),
         ({"reference": {"x": 1.0}}, r"reference must have \['Pendulum-v1'\], got \['x'\]"),
     ],
 )

@@ -6,9 +6,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import rl
 from rl.grid import estimate_cost
+from rl.stable_baselines import StableBaselinesAgent, _model, configuration
 from rsm_sampler.loggers import JSONLinesLogger
 
 pytest.importorskip("stable_baselines3")
@@ -88,6 +90,72 @@ def test_they_are_compared_with_ours(tmp_path):
     assert cost.gflop > 0 and cost.seconds > 0
 
 
+def test_the_end_of_a_run_is_evaluated():
+    seen = []
+    quick("ppo", total_steps=130, eval_every=100, callback=lambda p: seen.append(p.step))
+    assert seen == [100, 130]
+
+
+def test_td3_explores():
+    """Its policy is deterministic: without noise it would try one action at a state."""
+    env = gym.make("Reacher-v5")
+    for changes, wanted in (({}, 0.1), ({"action_noise": 0.3}, 0.3), ({"action_noise": None}, 0)):
+        model, _ = _model("td3", env, configuration("td3", changes), 0, "cpu")
+        model._last_obs = np.zeros((1, 10), np.float32)
+        drawn = np.stack([model._sample_action(0, model.action_noise)[1][0] for _ in range(400)])
+        # The error of a standard deviation of 800 numbers is 1 / sqrt(1600): 5 of them.
+        assert drawn.std(0).mean() == pytest.approx(wanted, rel=0.125, abs=1e-5)
+
+
+def test_observations_are_standardised_where_asked_for(tmp_path):
+    """By the moments of training, also of a saved agent; rewards alone would leave none."""
+    agent = quick("ppo", "InvertedPendulum-v5", normalise=True, run_dir=tmp_path)
+    assert agent.moments is not None and agent.moments.count > 120
+    kept = rl.load(tmp_path / "last.pt")
+    observation = np.random.default_rng(0).normal(size=(5, 4))
+    mine, theirs = (a.predict(observation, deterministic=True)[0] for a in (agent, kept))
+    np.testing.assert_array_equal(mine, theirs)
+    scaled = (observation - agent.moments.mean) / np.sqrt(agent.moments.var + 1e-8)
+    direct, _ = agent.policy.predict(scaled.clip(-10, 10).astype(np.float32), deterministic=True)
+    np.testing.assert_allclose(mine, direct, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ppo", {"use_sde": True}),
+        ("sac", {"use_sde": True}),
+        ("ppo", {"policy_kwargs": {"net_arch": [8], "activation_fn": torch.nn.ReLU}}),
+        ("td3", {"policy_kwargs": {"net_arch": [8], "activation_fn": "Tanh"}}),
+    ],
+)
+def test_any_policy_can_be_saved(name, changes, tmp_path):
+    given = {**SMALL[name], **changes}
+    before = str(given)
+    agent = rl.train(
+        name, "Pendulum-v1", total_steps=80, run_dir=tmp_path, progress=False, eval_every=80,
+        eval_episodes=1, **given,
+    )  # fmt: skip
+    assert str(given) == before  # the library writes into what it is given
+    observation = np.random.default_rng(0).normal(size=(5, 3))
+    mine, theirs = (
+        a.predict(observation, deterministic=True)[0]
+        for a in (agent, rl.load(tmp_path / "last.pt"))
+    )
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_cost_of_rollouts_holds_their_epochs():
+    """Operations of a step, against the difference between three and four rollouts."""
+    counts = []
+    for rollouts in (3, 4):
+        with FlopCounterMode(display=False) as counter:
+            quick("ppo", total_steps=64 * rollouts, eval_every=0)
+        counts.append(counter.get_total_flops())
+    cost = estimate_cost("ppo", "Pendulum-v1", **SMALL["ppo"])
+    assert cost.gflop == pytest.approx((counts[1] - counts[0]) / 64 / 1e9, rel=0.02)
+
+
 @pytest.mark.bad_input
 def test_what_cannot_be_meant_is_refused(tmp_path):
     with pytest.raises(
@@ -98,6 +166,10 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
         ValueError, match="config of 'sac' is set by its fields alone, got 'official'"
     ):
         quick("sac", config="official")
+    with pytest.raises(ValueError, match=r"policy_kwargs must have classes of torch.nn or torch."):
+        quick("sac", policy_kwargs={"activation_fn": StableBaselinesAgent})
+    with pytest.raises(ValueError, match="policy_kwargs must hold numbers, texts, lists and dict"):
+        quick("sac", policy_kwargs={"optimizer_kwargs": {"lr": lambda t: t}})
     with pytest.raises(ValueError, match="env must have a box of actions for 'sac', got Discrete"):
         quick("sac", "CartPole-v1")
     with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):

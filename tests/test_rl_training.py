@@ -78,7 +78,7 @@ OFFICIAL = {"config": "official", "kappa_period": 10, "normalise_observations": 
     ],
 )
 def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, tmp_path):
-    """Bit for bit: networks, optimisers, replay, environments, logs."""
+    """Bit for bit: networks, optimisers, replay, environments, logs; but for the time it took."""
     options = {"total_steps": 300, "eval_every": 100, "log_every": 50, **changes}
     whole = quick(agent, env, run_dir=tmp_path / "whole", **options)
 
@@ -102,6 +102,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, t
         checkpoint.load(tmp_path / name / "checkpoint.pt", kind="run")
         for name in ("whole", "parts")
     ]
+    assert all(state.pop("seconds") > 0 for state in states)
     assert json.dumps(states[0], default=lambda t: t.tolist()) == json.dumps(
         states[1], default=lambda t: t.tolist()
     )
@@ -109,7 +110,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, t
     for one, other in zip(*logs, strict=True):
         assert one.keys() == other.keys()
         for key in one:
-            assert key.endswith("per_second") or one[key] == other[key]
+            assert key.endswith(("per_second", "seconds")) or one[key] == other[key]
 
 
 @pytest.mark.parametrize("agent", ["sdac", "qsm", "dipo", "dacer", "qvpo"])

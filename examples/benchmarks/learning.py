@@ -9,19 +9,20 @@ width and a hidden layer less, and 20 evaluation episodes every 1,000 steps on e
 their own. SDAC's and DPMD's critics are plain. A run stops after two evaluations in a row that
 reach the goal, or at its limit of steps; evaluations go to docs/results/learning.json. SAC, TD3
 and PPO of stable-baselines3 are the yardsticks beside them. PPO and DPPO learn from each step for
-a short while only: they have 300,000 steps and are evaluated every 10,000.
+a short while only: they have 300,000 steps and are evaluated every 10,000. Seconds are those of
+training and evaluations, of all sittings of a run that was interrupted.
 """
 
 import argparse
-import json
 import os
-import time
+import tempfile
 from pathlib import Path
 
 import torch
 from results import load, store
 
 import rl
+from rsm_sampler.loggers import JSONLinesLogger
 
 # Steps within which a mean return is to be reached.
 GOALS = {"Pendulum-v1": (15_000, -200.0), "InvertedPendulum-v5": (20_000, 1000.0)}
@@ -55,23 +56,20 @@ SHORT = {
 EVERY = {"ppo": 10_000, "dppo": 10_000}  # steps between evaluations, if not 1,000
 
 
-def run(agent: str, env: str, seed: int, folder: Path | None) -> dict | None:
+def run(agent: str, env: str, seed: int, folder: Path) -> dict | None:
     """One run, its evaluations and what it cost; None if it was interrupted."""
     limit, goal = GOALS[env]
     limit = 300_000 if agent in EVERY else limit
-    evaluations: list[tuple[int, float]] = []
-    before, clock = 0.0, None if folder is None else folder / "seconds"
-    if folder is not None and clock is not None and clock.exists():  # it goes on
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        evaluations = [(e["step"], e["eval_mean"]) for e in lines if "eval_mean" in e]
-        before = float(clock.read_text())
+
+    def logged() -> list[dict]:
+        lines = JSONLinesLogger.read(folder / "log.jsonl")
+        return [line for line in lines if "eval_mean" in line]
 
     def reached(progress: rl.RunProgress) -> bool:
-        evaluations.append((progress.step, progress.mean))
         print(agent, env, seed, progress.step, round(progress.mean, 1), flush=True)
-        return len(evaluations) > 1 and min(e[1] for e in evaluations[-2:]) >= goal
+        found = [line["eval_mean"] for line in logged()]
+        return len(found) > 1 and min(found[-2:]) >= goal
 
-    started = time.perf_counter()
     trained = rl.train(
         agent,
         env,
@@ -85,11 +83,10 @@ def run(agent: str, env: str, seed: int, folder: Path | None) -> dict | None:
         **AGENTS[agent],
         **(SHORT.get(agent, {}) if env == "Pendulum-v1" else {}),
     )
-    seconds = before + time.perf_counter() - started
-    if clock is not None:
-        clock.write_text(str(seconds))
     if trained.interrupted:
         return None
+    lines = logged()
+    evaluations = [(line["step"], line["eval_mean"]) for line in lines]
     first = next((step for step, mean in evaluations if mean >= goal), None)
     return {
         "reached_at": first,
@@ -98,7 +95,7 @@ def run(agent: str, env: str, seed: int, folder: Path | None) -> dict | None:
         "steps": evaluations[-1][0],
         "updates": trained.updates,
         "evaluations": evaluations,
-        "seconds": seconds,
+        "seconds": lines[-1]["seconds"],
     }
 
 
@@ -118,8 +115,9 @@ def main() -> None:
                 key = f"{agent} {env}/{seed}"
                 if key in load("learning"):
                     continue
-                folder = arguments.runs and arguments.runs / f"{agent}-{env}-{seed}"
-                record = run(agent, env, seed, folder)
+                with tempfile.TemporaryDirectory() as passing:
+                    folder = Path(arguments.runs or passing) / f"{agent}-{env}-{seed}"
+                    record = run(agent, env, seed, folder)
                 if record is None:
                     return
                 store("learning", key, record)

@@ -23,8 +23,14 @@ from examples.paper.published import TABLE_1
 from rl.stable_baselines import FOREIGN
 
 OURS = [name for name in TABLE_1["HalfCheetah"] if name not in FOREIGN]
-FIFTH = {"train_freq": 5, "gradient_steps": 1, "learning_starts": 5000}
-TINY: dict[str, Any] = {"width": 16, "depth": 1, "batch_size": 16}
+TINY: dict[str, Any] = {
+    "warmup_steps": 40,
+    "replay_size": 200,
+    "policy_states": 8,
+    "width": 16,
+    "depth": 1,
+    "batch_size": 16,
+}
 
 
 def parsed(what: str, name: str) -> argparse.Namespace:
@@ -61,27 +67,22 @@ def trained(options: argparse.Namespace) -> dict[str, rl.Comparison]:
     found = {}
     for part, factor in (("", 1), ("Humanoid", 5)):
         tasks = [name for name in options.envs if (name == "Humanoid") == bool(part)]
-        for kind in ("ours", "sac", "td3", "ppo"):
-            agents = [a for a in options.agents if a == kind or (kind == "ours" and a in OURS)]
-            if not tasks or not agents:
-                continue
-            changes: dict[str, Any] = FIFTH if kind in ("sac", "td3") else {}
-            if kind == "ours":
-                changes = {"config": options.preset}
-            if options.smoke:
-                few = {"warmup_steps": 40, "replay_size": 200, "policy_states": 8, **TINY}
-                changes = {**changes, **(few if kind == "ours" else {"learning_starts": 40})}
-            found[part or "others"] = rl.compare(
-                [f"{name}-v5" for name in tasks],
-                agents,
-                total_steps=factor * options.total_steps,
-                out=options.output / part,
-                seeds=options.seeds,
-                jobs=options.jobs,
-                eval_every=max(1, factor * options.total_steps // (2 if options.smoke else 40)),
-                eval_episodes=2 if options.smoke else 20,
-                **changes,
-            )
+        if not tasks or not options.agents:
+            continue
+        found[part or "others"] = rl.compare(
+            [f"{name}-v5" for name in tasks],
+            options.agents,
+            total_steps=factor * options.total_steps,
+            out=options.output / part,
+            seeds=options.seeds,
+            jobs=options.jobs,
+            config=options.preset,
+            eval_every=max(1, factor * options.total_steps // (2 if options.smoke else 40)),
+            eval_episodes=2 if options.smoke else 20,
+            changes={a: TINY if a in OURS else {"learning_starts": 40} for a in options.agents}
+            if options.smoke
+            else None,
+        )
     return found
 
 
