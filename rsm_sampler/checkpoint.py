@@ -101,6 +101,7 @@ def load(
     *,
     kind: str,
     version: int | None = None,
+    least: int = 1,
     map_location: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     r"""Read the payload of a checkpoint. Nothing in the file is executed.
@@ -109,7 +110,8 @@ def load(
         path: The file to read.
         kind: What the payload must describe, as given to :func:`save`.
         version: The newest version of that description that the caller understands; ``None``
-            takes any. Older ones pass: :func:`read_header` tells which one it is.
+            takes any.
+        least: The oldest one. What lies between passes: :func:`read_header` tells which it is.
         map_location: The device on which tensors arrive.
 
     Returns:
@@ -117,7 +119,7 @@ def load(
 
     Raises:
         CheckpointError: If the file is missing, cut short, damaged or foreign, describes
-            something else, or comes from a newer version of the library.
+            something else, or comes from a version of the library that is newer or too old.
     """
     device = torch.device(map_location)
     contents = _read(path)
@@ -130,6 +132,12 @@ def load(
             f"{os.fspath(path)} has version {contents['version']} of kind {kind!r}, written by "
             f"rsm_sampler {contents['library']}; this one reads up to version {version}: please "
             "update rsm_sampler"
+        )
+    if contents["version"] < least:
+        raise CheckpointError(
+            f"{os.fspath(path)} has version {contents['version']} of kind {kind!r}, written by "
+            f"rsm_sampler {contents['library']}; this one reads from version {least} on: please "
+            "make it again"
         )
     return _moved(contents["payload"], device)
 

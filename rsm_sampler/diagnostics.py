@@ -21,7 +21,9 @@ witness             its own effective size: an inconclusive witness is no confir
 A difference counts against the sampler if it exceeds a stated tolerance by more than 4 standard
 errors, so a good sampler is blamed with probability below :math:`4 \cdot 10^{-3}` over all
 questions together (46 regions and 3 more, two-sided normal tails of :math:`6 \cdot 10^{-5}` each;
-regions overlap, and the tolerance comes on top, so it is less in practice).
+regions overlap, and the tolerance comes on top, so it is less in practice). That holds for a
+conclusive witness. The errors of one whose chains hardly mix are themselves too small; it confirms
+nothing, and what it holds against the sampler is said as a possibility.
 
 References:
     | Pareto smoothed importance sampling (Vehtari et al., 2024), section 2
@@ -268,7 +270,7 @@ class _Examination:
         error = math.hypot(log_z_se, witness.log_z_se)
         if not gap <= _LOG_Z_TOLERANCE + SIGNIFICANT * error:
             findings.append(f"log Z differs from the witness by {gap:.3f} (error {error:.3f})")
-            advice.append(_MISSING)
+            advice.append(_MISSING if witness.conclusive else _PERHAPS)
         noise = (masses * (1 - masses) / self.n + witness.masses_se.square()).sqrt()
         difference = (masses - witness.masses).abs()
         if not bool((difference <= MASS_TOLERANCE + SIGNIFICANT * noise).all()):
@@ -277,7 +279,7 @@ class _Examination:
                 f"a region holds {float(masses[k]):.3f} of the samples where the witness has "
                 f"{float(witness.masses[k]):.3f} ± {float(witness.masses_se[k]):.3f}"
             )
-            advice.append(_MISSING)
+            advice.append(_MISSING if witness.conclusive else _PERHAPS)
         if math.isnan(drift):
             findings.append("no draw has a finite energy")
         elif not abs(drift) <= _DRIFT_TOLERANCE * spread + SIGNIFICANT * drift_se:
@@ -351,6 +353,10 @@ class _Examination:
 _MISSING = (
     "modes are missing or weighted wrongly: a larger budget or search_evaluations, another seed, "
     "or centre and scale that cover all of the target"
+)
+_PERHAPS = (
+    "modes may be missing or weighted wrongly, or the witness may not have found its way: compare "
+    "again with more witness_evaluations"
 )
 
 

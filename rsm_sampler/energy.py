@@ -212,7 +212,7 @@ class MeteredEnergy:
             low, high = (v.tolist() for v in x.reshape(-1, x.shape[-1]).aminmax(dim=0))
             raise EnergyError(
                 f"energy must be finite somewhere, got NaN or inf at all {seen} points, drawn "
-                f"between {_short(low)} and {_short(high)}; give bounds, or loc and scale, of a "
+                f"between {_short(low)} and {_short(high)}; give bounds, or place and width, of a "
                 "region where it is finite"
             )
         return (nan + plus) / seen if seen else 0.0

@@ -38,7 +38,7 @@ ContextLike = (
     Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
 )
 Method = Literal["heun", "ddim", "ancestral", "multistep", "langevin"]
-_KIND, _VERSION = "sampler", 2
+_KIND, _VERSION = "sampler", 3
 _CHUNK = 4096  # draws worked on at a time: bounds the memory and suits the cache
 _SAMPLERS: dict[str, type[Sampler]] = {
     "heun": Heun,
@@ -215,8 +215,11 @@ class EnergySampler:
             chunk: Draws worked on at a time; bounds the memory and suits the cache.
 
         Raises:
-            ValueError: If n is negative, the context does not fit, or the method is unknown.
+            ValueError: If n is negative, chunk not positive, the context does not fit, or the
+                method is unknown.
         """
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
         context = self._context(n, context)
         generator = self.generator if generator is None else generator
         if method is None:
@@ -281,7 +284,12 @@ class EnergySampler:
             num_steps: Number of noise levels; the sampler's if None, four times that for paths.
             purpose: The energy's account.
             generator: Source of randomness; the sampler's own if None.
+
+        Raises:
+            ValueError: If n is below 1, there is no energy, or the context does not fit.
         """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
         meter = self._energy(energy)
         if not (self.coordinates.reduced > EXACT_DENSITY if paths is None else paths):
             x, log_prob = self.sample_with_log_prob(
@@ -439,9 +447,10 @@ class EnergySampler:
             device: Where to put it.
 
         Raises:
-            CheckpointError: If the file is missing, corrupt, or no sampler.
+            CheckpointError: If the file is missing, corrupt, no sampler, or of an older version
+                of the library, whose networks computed something else.
         """
-        state = checkpoint.load(path, kind=_KIND, version=_VERSION)
+        state = checkpoint.load(path, kind=_KIND, version=_VERSION, least=_VERSION)
         return cls.from_state(state, energy=energy, device=device)
 
     @classmethod

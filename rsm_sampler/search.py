@@ -54,6 +54,7 @@ __all__ = ["FEW_DIMENSIONS", "search"]
 FEW_DIMENSIONS = 12
 """In so many kernels around single points make a bank; in more they do not."""
 
+_MISSED = 0.1  # share of contexts that may have no point of finite energy in the bank
 _LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
 _ROUNDS = 4  # of kernels
 
@@ -356,7 +357,19 @@ class _Finder:
         if rows > 1:
             x = x[torch.randperm(size, generator=self.generator, device=x.device)]
         found, context = self._evaluated(x, density.log_prob(x), rows)
-        return Bank.of_draws(found.x, found.log_weight(1.0), context, density)
+        log_weight = found.log_weight(1.0)
+        if context is None:
+            return Bank.of_draws(found.x, log_weight, None, density)
+        # A narrow law of some context may have been missed by all of its points.
+        known = log_weight.amax(-1) > -torch.inf
+        missed = int((~known).sum())
+        if missed > _MISSED * len(known):
+            raise EnergyError(
+                f"energy must be finite somewhere for every context, got NaN or inf at all "
+                f"{log_weight.shape[1]} points for {missed} of {len(known)} contexts, such as "
+                f"{context[~known][0].tolist()}; a larger budget, or centre and scale, may help"
+            )
+        return Bank.of_draws(found.x[known], log_weight[known], context[known], density)
 
     def basins(
         self,

@@ -45,6 +45,8 @@ from rsm_sampler.resampling import cumulative_weight, stratified_indices
 
 __all__ = ["Visited", "next_beta", "sequential_monte_carlo"]
 
+_LEAST_SIZE, _LEAST_MOVES = 16, 8
+LEAST_EVALUATIONS = _LEAST_SIZE * _LEAST_MOVES
 _WALK, _JUMP = 0.1, 0.4  # shares of the moves by differences; the rest are short ones
 _EXCHANGE, _DILATE = 0.2, 0.2  # shares of the other moves
 _SCALING = 0.2  # least correlation of a coordinate with the log size of another, to be its scale
@@ -96,10 +98,10 @@ def sequential_monte_carlo(
         ValueError: If there are fewer than 16 particles or 8 evaluations for each.
     """
     size -= size % 2
-    if size < 16 or evaluations < 8 * size:
+    if size < _LEAST_SIZE or evaluations < _LEAST_MOVES * size:
         raise ValueError(
-            "size must be at least 16 particles with 8 evaluations each, got "
-            f"{size} particles and {evaluations} evaluations"
+            f"size must be at least {_LEAST_SIZE} particles with {_LEAST_MOVES} evaluations each, "
+            f"got {size} particles and {evaluations} evaluations"
         )
     population = _Population(evaluate, reference, size, generator)
     dim = len(reference.loc)

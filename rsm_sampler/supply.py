@@ -31,7 +31,7 @@ from rsm_sampler.gradients import (
 from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.search import FEW_DIMENSIONS, search
-from rsm_sampler.sequential import next_beta
+from rsm_sampler.sequential import LEAST_EVALUATIONS, next_beta
 from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.transforms import Affine, Coordinates, MeanFree
 
@@ -130,10 +130,12 @@ class Supply:
             evaluations = min(evaluations, int(0.35 * free))
             bank_size = min(bank_size, free - evaluations)
             chains = min(chains, (free - evaluations) // 2)  # as much for gradients and rounds
-        slope, cost = self._slope()
+            chains = max(chains, LEAST_EVALUATIONS)  # the door lets no smaller budget in
         relaxing = 0
         if isinstance(self.coordinates, MeanFree) and self.coordinates.reduced > FEW_DIMENSIONS:
             relaxing = int(_RELAXING * chains)
+            relaxing = relaxing if chains - relaxing >= LEAST_EVALUATIONS else 0
+        slope, cost = self._slope()
         basins = (chains - relaxing) // 3
         if self.coordinates.reduced > FEW_DIMENSIONS and cost > _CHEAP:
             most = int(basins * min(_DEAREST, cost / _CHEAP))
@@ -299,7 +301,8 @@ class Supply:
             ess=float(effective_sample_size(tilted)),
         )
         renewed.loc, renewed.scale_tril = bank.loc, bank.scale_tril  # the network's coordinates
-        self.adopt(self._helped(renewed, reserve, report))
+        # Gradients are of the target: they say nothing of a law between it and the sampler's.
+        self.adopt(self._helped(renewed, reserve, report) if beta == 1 else renewed)
         return True
 
     def _helped(self, bank: Bank, reserve: int, report: Report) -> Bank:

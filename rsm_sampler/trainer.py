@@ -23,12 +23,13 @@ Everything that decides the result is in ``state()``: a run that is interrupted 
 the same numbers, bit for bit on the CPU with the same number of threads.
 """
 
+import contextlib
 import copy
 import math
 import os
 import time
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -60,7 +61,7 @@ from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
 __all__ = ["DivergedError", "EnergyDiffusionTrainer", "Progress"]
 
-_KIND, _VERSION = "trainer", 4
+_KIND, _VERSION = "trainer", 5
 _LEAST_BUDGET = 500
 _WORTH_A_CYCLE = 1.25  # growth of the share of the effective sample size
 _SAVE_EVERY = 600.0  # seconds of a cycle
@@ -118,8 +119,8 @@ class EnergyDiffusionTrainer:
         kernel: Reverse kernel of loss (14); a Gaussian reference of the target's width if None.
         target: Target of loss (14): ``"value"``, or with an energy that autograd can
             differentiate ``"gradient"`` or ``"mixed"``.
-        centre: Where to look first, one number for each coordinate.
-        scale: Width to look at, if known to an order of magnitude.
+        centre: Where to look first, one number for each coordinate, within the bounds.
+        scale: Width to look at, if known to an order of magnitude, in the units of x.
         samples: Samples of the target, for denoising score matching (9) on data instead of a
             search; the energy then only serves checks and diagnosis.
         warm_start: A trained sampler whose network and coordinates are the start.
@@ -178,6 +179,8 @@ class EnergyDiffusionTrainer:
                 f"proposal must be given for, and only for, loss='reverse-sampling', got "
                 f"{proposal} with loss={loss!r}"
             )
+        if samples is not None and context is not None:
+            raise ValueError("samples must be None with contexts, got both")
         if loss == "reverse-sampling" and context is not None:
             raise ValueError("loss must be 'mirror-descent' with contexts, got 'reverse-sampling'")
         if budget is not None and budget < _LEAST_BUDGET:
@@ -218,10 +221,10 @@ class EnergyDiffusionTrainer:
             self.config.reference_scale,
             antithetic=True,
         )
-        self.centre = None if centre is None else torch.as_tensor(centre, dtype=torch.float64)
-        if self.centre is not None and self.centre.shape != (dim,):
-            raise ValueError(f"centre must have shape ({dim},), got {tuple(self.centre.shape)}")
-        self.scale = scale
+        draws = self.config.num_draws
+        if loss == "reverse-sampling" and draws % 2 and getattr(self.kernel, "antithetic", False):
+            raise ValueError(f"num_draws must be even for an antithetic kernel, got {draws}")
+        self.centre, self.scale = self._where_to_look(centre, scale)
         self.samples = samples
         if samples is not None and (samples.dim() != 2 or samples.shape[-1] != dim):
             raise ValueError(f"samples must have shape (n, {dim}), got {tuple(samples.shape)}")
@@ -249,7 +252,8 @@ class EnergyDiffusionTrainer:
             if self.centre is None:
                 self.centre = warm_start.affine.loc.double().cpu()
                 diagonal = warm_start.affine.scale_tril.diagonal().double()
-                self.scale = float(diagonal.log().mean().exp()) if scale is None else scale
+                if scale is None:
+                    self.scale = float(diagonal.log().mean().exp())
         self.average.load_state_dict(self.denoiser.state_dict())
         self.average.requires_grad_(False)
         network: Any = torch.compile(self.denoiser) if self.config.compile else self.denoiser
@@ -268,9 +272,27 @@ class EnergyDiffusionTrainer:
         self.history: list[dict[str, float]] = []
         self.step = self.step_in_cycle = self.cycle = 0
         self._first_step = 0  # with the present bank
+        self._insists = False  # on all cycles
         self.seconds = 0.0
         levels = self.config.noise_levels()
         self._levels, self._on_host = levels.to(self.device), levels.tolist()
+
+    def _where_to_look(
+        self, centre: Sequence[float] | Tensor | None, scale: float | None
+    ) -> tuple[Tensor | None, float | None]:
+        """The user's centre and scale, in unbounded coordinates."""
+        u = torch.zeros(self.dim, dtype=torch.float64)
+        if centre is not None:
+            given = torch.as_tensor(centre, dtype=torch.float64)
+            if given.shape != (self.dim,):
+                raise ValueError(f"centre must have shape ({self.dim},), got {tuple(given.shape)}")
+            u = self.coordinates.inverse(given)
+            if not bool(u.isfinite().all()):
+                raise ValueError(f"centre must lie within the bounds, got {given.tolist()}")
+        if scale is not None and isinstance(self.coordinates, Bounds):
+            _, log_det = self.coordinates.forward(u)
+            scale *= math.exp(-float(log_det) / self.dim)
+        return (None if centre is None else u), scale
 
     def _architecture(self, particles: tuple[int, int] | None) -> dict[str, Any]:
         """What describes the network: plain values."""
@@ -299,16 +321,24 @@ class EnergyDiffusionTrainer:
 
     @property
     def converged(self) -> bool:
-        """Whether the last check reached the wanted effective sample size."""
+        """Whether the last check reached the wanted effective sample size.
+
+        Beyond sixteen dimensions also whether it no longer grows.
+        """
+        return self._reached or self._settled
+
+    @property
+    def _reached(self) -> bool:
         share = self.config.target_ess
         if self.contexts is not None:
             share = 1 - 0.4 * (1 - share)
-        if not self.history:
-            return False
-        ess = [record["ess"] for record in self.history]
+        return bool(self.history) and self.history[-1]["ess"] >= share
+
+    @property
+    def _settled(self) -> bool:
         # Path weights never come near to it, and a cycle takes about as long as all before it.
-        settled = self._by_paths and len(ess) > 1 and ess[-1] < _WORTH_A_CYCLE * ess[-2]
-        return ess[-1] >= share or settled
+        ess = [record["ess"] for record in self.history]
+        return self._by_paths and len(ess) > 1 and ess[-1] < _WORTH_A_CYCLE * ess[-2]
 
     @property
     def _by_paths(self) -> bool:
@@ -329,7 +359,8 @@ class EnergyDiffusionTrainer:
 
         Arguments:
             budget: A new budget of energy evaluations in total, search included.
-            max_cycles: A new number of cycles in total.
+            max_cycles: A new number of cycles in total; then only the wanted effective sample
+                size ends the training earlier.
             progress: Whether to show a progress bar; None to show it on a terminal.
             callback: Called every 100 steps; a true return value stops the training.
             logger: Receives loss, ess, evaluations and log_z.
@@ -348,7 +379,7 @@ class EnergyDiffusionTrainer:
         """
         path = None if checkpoint_path is None else Path(checkpoint_path)
         if path is not None and path.exists() and self.step == 0 and self.bank is None:
-            self.load_state(checkpoint.load(path, kind=_KIND, version=_VERSION))
+            self.load_state(checkpoint.load(path, kind=_KIND, version=_VERSION, least=_VERSION))
         if budget is not None:
             if budget < _LEAST_BUDGET:
                 raise ValueError(
@@ -356,6 +387,7 @@ class EnergyDiffusionTrainer:
                 )
             self.energy.budget = budget
         cycles = self.sizes.max_cycles if max_cycles is None else max_cycles
+        self._insists = max_cycles is not None
         bar = tqdm(
             total=0,
             disable=True if not self.team.leads else None if progress is None else not progress,
@@ -377,8 +409,9 @@ class EnergyDiffusionTrainer:
                     self._save(path, started)
                     break
                 whole = self.step_in_cycle >= self._length()  # the budget did not end it early
-                self._check(logger, started)
-                self._renew(cycles, bar.set_description_str)
+                with self._whole_or_nothing():
+                    self._check(logger, started)
+                    self._renew(cycles, bar.set_description_str)
                 if whole:
                     self.cycle, self.step_in_cycle = self.cycle + 1, 0
                 self._save(path, started)
@@ -403,7 +436,26 @@ class EnergyDiffusionTrainer:
             return False
         if self.step_in_cycle > 0:
             return True
-        return self.cycle < cycles and not self.converged and self._length() > 0
+        return self.cycle < cycles and not self._done() and self._length() > 0
+
+    def _done(self) -> bool:
+        """Whether nothing more is to be learned, in the eyes of who called."""
+        return self._reached or (self._settled and not self._insists)
+
+    @contextlib.contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        """What fails or is interrupted within has not been: a resumed run does it again."""
+        drawn, counts = self.generator.get_state(), dict(self.energy.counts)
+        checks, bank = len(self.history), self.bank
+        try:
+            yield
+        except BaseException:
+            self.generator.set_state(drawn)
+            self.energy.counts = counts
+            del self.history[checks:]
+            if bank is not None and self.bank is not bank:
+                self.supply.adopt(bank)
+            raise
 
     def _length(self) -> int:
         """Steps of the present cycle; fewer where the bank has been seen often enough."""
@@ -420,7 +472,8 @@ class EnergyDiffusionTrainer:
         """Whether the budget has no room for a step of loss (14) and a check."""
         if self.loss != "reverse-sampling" or self.energy.remaining is None:
             return False
-        step = self.sizes.batch_size * self.config.num_draws
+        gradient = 1 if self.target == "value" else 2  # counts as one more
+        step = gradient * self.sizes.batch_size * self.config.num_draws
         return self.energy.remaining < step + self._check_size()
 
     def sampler(self) -> EnergySampler:
@@ -488,7 +541,7 @@ class EnergyDiffusionTrainer:
 
     def _renew(self, cycles: int, report: Callable[[str], None]) -> None:
         """Let the sampler's own draws be the bank of the next cycle, if there is one."""
-        if self.cycle + 1 >= cycles or self.converged or self.loss == "reverse-sampling":
+        if self.cycle + 1 >= cycles or self._done() or self.loss == "reverse-sampling":
             return
         few = self.coordinates.reduced <= EXACT_DENSITY
         if not self.history or (few and isinstance(self.coordinates, MeanFree)):
@@ -522,14 +575,10 @@ class EnergyDiffusionTrainer:
             peak = config.learning_rate * (1.0 if self.cycle == 0 else 0.6)
             for group in self.optimiser.param_groups:
                 group["lr"] = peak * warm * fall + 1e-6
-            drawn = self.generator.get_state()
-            try:
+            with self._whole_or_nothing():
                 loss = self._loss()
                 self.optimiser.zero_grad(set_to_none=True)
                 (self.team.size * loss).backward()
-            except BaseException:
-                self.generator.set_state(drawn)  # the step has not been: a resumed run does it
-                raise
             with deferred_interrupt() as interrupted:  # all of the step or nothing of it
                 self.optimiser.step()
                 self.step += 1
@@ -627,7 +676,11 @@ class EnergyDiffusionTrainer:
 
     def _standard_energy(self, z: Tensor) -> Tensor:
         x, log_det = self.coordinates.forward(self.affine.forward(z))
-        return self.energy(x, purpose="training") - log_det
+        if self.target == "value":
+            return self.energy(x, purpose="training") - log_det
+        # On the meter a gradient counts as one more. Autograd goes on through the coordinates.
+        value, slope = self.energy.value_and_gradient(x, purpose="training")
+        return value + ((x - x.detach()) * slope).sum(-1) - log_det
 
     # ------------------------------------------------------------------ checks
 

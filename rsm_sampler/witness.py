@@ -81,10 +81,10 @@ def find_witness(
         generator: Source of randomness, on the device of z.
     """
     search = _Search(energy, evaluations, generator)
-    witness, masses = search.broad_bank(z)
-    if witness.conclusive or evaluations < 20_000 or z.shape[-1] < 3:
-        return witness, masses
-    return search.tempering(z)
+    found = search.broad_bank(z)
+    if found[0].conclusive or evaluations < 20_000 or z.shape[-1] < 3:
+        return found
+    return search.tempering(z) or found
 
 
 class _Search:
@@ -113,9 +113,11 @@ class _Search:
                 centres = torch.cat([z[:500], points[index]])
         points, log_weight = self._round(centres, evaluations - 2 * scouts)
         weight = torch.softmax(log_weight, 0).nan_to_num(0.0)
-        ess = float(1 / weight.square().sum().clamp(min=1e-300))
         log_z = float(torch.logsumexp(log_weight, 0)) - math.log(len(points))
+        ess, log_z_se = 0.0, math.inf
         if bool(log_weight.isfinite().any()):
+            ess = float(1 / weight.square().sum())
+            log_z_se = math.sqrt(max(1 / ess - 1 / len(points), 0.0))
             index = stratified_indices(cumulative_weight(points, log_weight), 4096, self.generator)
             cells = _cells(torch.cat([z[:4096], points[index]]), self.generator)
         else:
@@ -131,7 +133,7 @@ class _Search:
             evaluations,
             ess,
             log_z,
-            math.sqrt(max(1 / max(ess, 1e-9) - 1 / len(points), 0.0)),
+            log_z_se,
             masses,
             se,
             reach,
@@ -193,14 +195,23 @@ class _Search:
                              for part, number in pairs]).logsumexp(0)  # fmt: skip
         return points, -self.energy(points) - log_q
 
-    def tempering(self, z: Tensor) -> tuple[Witness, Tensor]:
-        """Parallel tempering from a reference twice as wide as the target."""
+    def tempering(self, z: Tensor) -> tuple[Witness, Tensor] | None:
+        """Parallel tempering from a reference twice as wide as the target.
+
+        None if neither the reference nor the draws have a point of finite energy to start from.
+        """
         chains, levels = 48, 12
         evaluations = 8 * self.evaluations
         like: dict[str, Any] = {"dtype": z.dtype, "device": z.device, "generator": self.generator}
         start = 2.0 * torch.randn(chains, z.shape[-1], **like)
         finite = self.energy(start).isfinite()
-        start = torch.where(finite[:, None], start, z[: len(start)])
+        if not bool(finite.all()):
+            known = z[:4096]
+            known = known[self.energy(known).isfinite()]
+            if len(known) == 0:
+                return None
+            drawn = known[torch.arange(len(start), device=z.device) % len(known)]
+            start = torch.where(finite[:, None], start, drawn)
         result = run_mcmc(
             self.energy,
             start,

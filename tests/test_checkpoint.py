@@ -303,6 +303,13 @@ def test_a_newer_description(tmp_path):
         checkpoint.load(tmp_path / "a.pt", kind="test", version=2)
 
 
+def test_a_description_that_is_too_old(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", {}, kind="test", version=3)
+    assert checkpoint.load(tmp_path / "a.pt", kind="test", least=3) == {}
+    with pytest.raises(CheckpointError, match=r"version 3 of kind 'test'.* from version 4 on"):
+        checkpoint.load(tmp_path / "a.pt", kind="test", least=4)
+
+
 # Loading executes nothing
 
 

@@ -7,9 +7,11 @@ import torch
 from scipy import stats
 
 from energies import ConditionalMixture, GaussianMixture
-from rsm_sampler.diagnostics import pareto_shape
-from rsm_sampler.transforms import Affine
-from rsm_sampler.witness import _cells, _regions
+from rsm_sampler.diagnostics import diagnose, pareto_shape
+from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.energy_sampler import WeightedDraws
+from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.witness import _cells, _regions, find_witness
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64
@@ -63,6 +65,58 @@ class Blank(torch.nn.Module):
 
 def identity(dim, loc=0.0, scale=1.0):
     return Affine(torch.full((dim,), loc, dtype=DOUBLE), scale * torch.eye(dim, dtype=DOUBLE))
+
+
+# The witness
+
+
+def test_a_witness_without_a_finite_energy_confirms_nothing():
+    z = torch.randn(2000, 2, dtype=DOUBLE, generator=rng())
+    witness, _ = find_witness(lambda y: torch.full_like(y[:, 0], math.inf), z, 2000, rng())
+    assert not witness.conclusive
+    assert witness.ess == 0 and witness.log_z == -math.inf and witness.log_z_se == math.inf
+
+
+def test_a_witness_starts_where_the_energy_is_finite():
+    """A wall in 60 dimensions, and a fifth of the draws behind it."""
+
+    def walled(y):
+        value = 2 * (y.square() - 1).square().sum(-1)
+        return torch.where(y[:, 0] > 0, value, math.inf)
+
+    z = torch.randn(4000, 60, dtype=DOUBLE, generator=rng()).sign()
+    z[:, 0] = torch.where(torch.arange(4000) % 5 == 0, -1.0, 1.0)
+    witness, masses = find_witness(walled, z, 20_000, rng(1))
+    assert witness.method == "parallel tempering" and math.isfinite(witness.log_z)
+    # The draws behind the wall have regions of their own, which the witness knows to be empty.
+    assert float((masses - witness.masses).max()) > 0.01
+    z[:, 0] = -1.0
+    witness, _ = find_witness(walled, z, 20_000, rng(1))
+    assert not witness.conclusive
+
+
+def test_an_inconclusive_witness_accuses_of_nothing():
+    """The uniform law on a cube in 60 dimensions, drawn exactly: chains hardly mix there."""
+
+    def cube(x):
+        return torch.where((x.abs() < 1).all(-1), 0.0, math.inf)
+
+    class Cube:
+        coordinates, affine, dim, context_dim = Bounds(-math.inf, math.inf, 60), None, 60, None
+        search, draw_context, device = {}, None, torch.device("cpu")
+
+        def weighted_draws(self, n, *, energy, context, generator):
+            x = 2 * torch.rand(n, 60, generator=generator) - 1
+            value = energy(x, purpose="diagnosis")
+            return WeightedDraws(x, torch.zeros(n), value, torch.full((n,), -60 * math.log(2.0)))
+
+    sampler = Cube()
+    sampler.affine = identity(60, 0.0, 1 / math.sqrt(3))
+    report = diagnose(
+        sampler, 4000, energy=MeteredEnergy(cube, 60), witness_evaluations=20_000, seed=0
+    )
+    assert not report.witness.conclusive and not report.trustworthy
+    assert not any(text.startswith("modes are missing") for text in report.advice)
 
 
 # The verdict

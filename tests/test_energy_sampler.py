@@ -319,6 +319,11 @@ def test_bad_arguments_are_refused():
         sampler.sample(5, context=torch.zeros(1))
     with pytest.raises(ValueError, match="n must be at least 0, got -1"):
         sampler.sample(-1)
+    with pytest.raises(ValueError, match="chunk must be at least 1, got -1"):
+        sampler.sample(4, chunk=-1)
+    for paths in (False, True):
+        with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+            sampler.weighted_draws(0, paths=paths)
     with pytest.raises(ValueError, match=r"method must be one of \['ancestral', 'ddim', 'heun', "
                        r"'langevin', 'multistep'\], got 'euler'"):  # fmt: skip
         sampler.sample(5, method="euler")

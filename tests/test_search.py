@@ -145,6 +145,35 @@ def test_contexts_get_a_row_of_points_each():
     assert abs(bank.log_z - 0.5 * math.log(2 * math.pi)) < 0.1
 
 
+@pytest.mark.parametrize(("width", "refused"), [(0.5, False), (0.05, True)])
+def test_contexts_whose_narrow_law_was_missed_are_left_out(width, refused):
+    """Walls about each context; if a tenth of the contexts and more are missed, it says so."""
+
+    def energy(x, context):
+        inside = (x - context).abs().amax(-1) < width
+        return torch.where(inside, 0.0, torch.inf)
+
+    generator = rng()
+
+    def draw(n):
+        return torch.randn(n, 1, dtype=DOUBLE, generator=generator)
+
+    def run():
+        return search(energy, 1, evaluations=14_000, bank_size=200 * 32, generator=generator,
+                      draw_context=draw, rows=200)  # fmt: skip
+
+    if refused:
+        with pytest.raises(EnergyError, match=r"every context, .* of 200 contexts, such as \["):
+            run()
+        return
+    bank = run()
+    assert 180 <= len(bank.context) == len(bank.points) == len(bank.log_weight) < 200
+    assert bank.log_weight.amax(-1).isfinite().all()
+    inside = bank.log_weight > -torch.inf
+    off = (bank.points[..., 0] - bank.context).abs()
+    assert off[inside].max() < width
+
+
 # High dimensions
 
 

@@ -22,6 +22,7 @@ from rsm_sampler import (
 )
 from rsm_sampler.bank import Bank
 from rsm_sampler.proposals import GaussianProposal
+from rsm_sampler.supply import Supply
 
 TINY = {"search_evaluations": 3000, "bank_size": 2000, "steps_per_cycle": 120, "max_cycles": 2,
         "batch_size": 64, "check_draws": 128, "num_steps": 8, "width": 16, "depth": 2,
@@ -243,6 +244,64 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, whole, how, step)
     same(whole, fit(first))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_renewal_that_was_interrupted_is_made_again(tmp_path, monkeypatch, error):
+    """With the check before it, whose record would otherwise stand twice and end the training."""
+    config = tiny(steps_per_cycle=40, round_draws=512)
+    monkeypatch.setattr("rsm_sampler.supply._LEAST_EFFECTIVE", 20)
+    whole = fit(EnergyDiffusionTrainer(normal, 17, config=config))
+    assert len(whole.history) == 2
+
+    def failing(self, *arguments):
+        torch.rand(3, generator=self.generator)
+        self.energy(torch.zeros(5, 17), purpose="rounds")
+        raise error("once")
+
+    trainer = EnergyDiffusionTrainer(normal, 17, config=config)
+    path = tmp_path / "run.pt"
+    with monkeypatch.context() as context:
+        context.setattr(Supply, "renew", failing)
+        if error is KeyboardInterrupt:
+            fit(trainer, checkpoint_path=path)
+        else:
+            with pytest.raises(OSError, match="once"):
+                fit(trainer, checkpoint_path=path)
+    assert not trainer.history and trainer.cycle == 0
+    same(whole, fit(EnergyDiffusionTrainer(normal, 17, config=config), checkpoint_path=path))
+    same(whole, fit(trainer))
+
+
+def test_more_cycles_are_made_where_they_are_asked_for():
+    """Beyond sixteen dimensions training ends by itself when a cycle brings little."""
+    trainer = EnergyDiffusionTrainer(normal, 17, config=tiny(max_cycles=9, steps_per_cycle=40))
+    fit(trainer)
+    ended = trainer.cycle
+    assert trainer.converged and ended < 9
+    fit(trainer)
+    assert trainer.cycle == ended
+    fit(trainer, max_cycles=ended + 2)
+    assert trainer.cycle == ended + 2
+
+
+@pytest.mark.parametrize("given", [{}, {"scale": 0.5}, {"scale": 50.0}])
+def test_a_centre_is_in_the_users_units(given):
+    """Within bounds, on all sides of it: the coordinates of the search saturate at 50."""
+    centre = torch.tensor([50.0, 10.0, 90.0])
+
+    def narrow(x):
+        return ((x - centre) / 0.5).square().sum(-1) / 2
+
+    trainer = EnergyDiffusionTrainer(
+        narrow, 3, bounds=(0.0, 100.0), centre=centre, budget=20_000, config=tiny(), **given
+    )
+    there, _ = trainer.coordinates.forward(trainer.centre)
+    torch.testing.assert_close(there, centre.double())
+    trainer._search(lambda text: None)
+    truth = 3 * math.log(0.5 * math.sqrt(2 * math.pi))
+    assert trainer.bank.method == "bank"
+    assert abs(trainer.bank.log_z - truth) <= 5 * trainer.bank.log_z_se < 0.5
+
+
 def test_a_killed_run_goes_on_from_within_a_cycle(tmp_path, monkeypatch, whole):
     """What the file holds at step 200 is all that is left of the first run."""
     monkeypatch.setattr("rsm_sampler.trainer._SAVE_EVERY", 0.0)
@@ -304,12 +363,12 @@ def calls_of(make):
     return -counter.left
 
 
-def by_reverse_sampling(energy, **options):
+def by_reverse_sampling(energy, target="value", **options):
     """A trainer whose steps evaluate the energy."""
     config = tiny(steps_per_cycle=30, num_draws=8, **options)
     proposal = GaussianProposal(torch.zeros(2), 1.0)
     return EnergyDiffusionTrainer(
-        energy, 2, loss="reverse-sampling", proposal=proposal, config=config
+        energy, 2, loss="reverse-sampling", proposal=proposal, target=target, config=config
     )
 
 
@@ -345,7 +404,7 @@ def test_training_that_diverges_says_so_and_leaves_its_checkpoint(tmp_path):
     with pytest.raises(DivergedError, match="a learning_rate below 1e\\+30 may help"):
         fit(trainer, checkpoint_path=path)
     assert not trainer.history
-    kept = checkpoint.load(path, kind="trainer", version=4)
+    kept = checkpoint.load(path, kind="trainer")
     assert kept["step"] == 0 and all(v.isfinite().all() for v in kept["denoiser"].values())
 
 
@@ -576,6 +635,47 @@ def test_reverse_sampling_counts_k_evaluations_and_one_network_call_per_point(mo
     assert points == [32] * 10
 
 
+@pytest.mark.parametrize("target", ["gradient", "mixed"])
+def test_gradients_of_reverse_sampling_count_as_one_more(target):
+    """As everywhere else; and a budget sees them."""
+    trainer = by_reverse_sampling(normal, batch_size=20, target=target)
+    trainer.energy.budget = 12_000
+    sampler = fit(trainer)
+    assert sampler.counts["training"] == 2 * 20 * 8 * trainer.step
+    assert trainer.step < 75 and trainer.evaluations <= 12_000
+
+
+def test_the_gradient_of_reverse_sampling_is_that_of_the_users_energy():
+    """Through the coordinates: with bounds, whose volume counts, in double precision."""
+    trainer = EnergyDiffusionTrainer(
+        two_modes().energy, 2, bounds=(-8.0, 8.0), loss="reverse-sampling", target="mixed",
+        proposal=GaussianProposal(torch.zeros(2), 1.0), config=tiny(),
+    )  # fmt: skip
+    z = torch.randn(20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z.requires_grad_()
+    x, log_det = trainer.coordinates.forward(trainer.affine.forward(z))
+    wanted = two_modes().energy(x) - log_det
+    found = trainer._standard_energy(z)
+    torch.testing.assert_close(found, wanted)
+    slopes = [torch.autograd.grad(v.sum(), z, retain_graph=True)[0] for v in (found, wanted)]
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("budget", [500, 1000, 2500])
+def test_small_budgets_do_for_reverse_sampling_and_particles_too(budget):
+    proposal = GaussianProposal(torch.zeros(2), 1.0)
+    plain = EnergyDiffusionTrainer(
+        two_modes(), 2, loss="reverse-sampling", proposal=proposal, budget=budget,
+        config=tiny(num_draws=2, batch_size=8),
+    )  # fmt: skip
+    target = energies.LennardJones(13)
+    config = tiny(steps_per_cycle=2, max_cycles=1, batch_size=4, check_draws=16)
+    particles = EnergyDiffusionTrainer(target, 39, budget=budget, config=config)
+    for trainer in (plain, particles):
+        assert fit(trainer).sample(2).isfinite().all()
+        assert trainer.evaluations <= budget
+
+
 def test_reverse_sampling_learns():
     """A shifted normal in 400 steps: half of the effective sample size."""
     config = tiny(max_cycles=1, steps_per_cycle=400, batch_size=256, num_draws=32, num_steps=16)
@@ -621,6 +721,11 @@ def test_reverse_sampling_ends_with_its_budget():
         ({"budget": 499}, "budget must be at least 500 evaluations, got 499"),
         ({"scale": 0.0}, "scale must be positive, got 0.0"),
         ({"scale": math.nan}, "scale must be positive, got nan"),
+        ({"centre": [1.0, 2.0], "bounds": (0.0, 2.0)}, "centre must lie within the bounds, got"),
+        ({"samples": torch.zeros(5, 2), "context_dim": 1, "context": lambda n, g: None},
+         "samples must be None with contexts, got both"),
+        ({"loss": "reverse-sampling", "proposal": GaussianProposal(torch.zeros(2), 1.0),
+          "config": tiny(num_draws=3)}, "num_draws must be even for an antithetic kernel, got 3"),
         ({"centre": [1.0]}, r"centre must have shape \(2,\), got \(1,\)"),
         ({"samples": torch.zeros(5, 3)}, r"samples must have shape \(n, 2\), got \(5, 3\)"),
         ({"samples": torch.zeros(5)}, r"samples must have shape \(n, 2\), got \(5,\)"),

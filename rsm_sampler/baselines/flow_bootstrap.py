@@ -317,7 +317,9 @@ def fab(
     for step in range(1, passes + 1):
         found = annealed_draws(target, flow, kernels, config.batch_size, generator=generator)
         buffer.add(found)
-        loss = math.nan
+        if step == first:  # before a first draw
+            target.meter.check(target.to_x(found.z))
+        loss = torch.tensor(math.nan)
         for _ in range(config.updates if step >= first else 0):
             index = buffer.draw(config.batch_size, generator)
             log_prob = flow.log_prob(buffer.z[index])
@@ -329,13 +331,13 @@ def fab(
             nn.utils.clip_grad_norm_(flow.parameters(), config.gradient_clip)
             optimiser.step()
             annealing.step()
-            loss = float(surrogate.detach())
+            loss = surrogate.detach()
         if step % every == 0 or step == passes:
             target.meter.check(target.to_x(found.z))
             history.append(
                 {
                     "step": float(step),
-                    "loss": loss,
+                    "loss": float(loss),
                     "ess": float(effective_sample_size(found.log_weight)) / config.batch_size,
                     "acceptance": found.acceptance,
                     "evaluations": float(target.meter.evaluations),
