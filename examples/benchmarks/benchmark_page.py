@@ -17,7 +17,8 @@ measured; "reached" counts them. {machine}
 
 "Random walk" and "tempering" are Metropolis chains (512 of them) and parallel tempering (64
 chains, 12 levels) at the same number of energy evaluations. They start from a normal law with the
-exact mean and spread, which the trainer has to find out by itself.
+exact mean and spread, which the trainer has to find out by itself. A "sampling floor" is what as
+many exact draws score: 200,000 of the sampler and of random walks, of tempering those that it keeps.
 """
 
 
@@ -162,8 +163,8 @@ def render(results: dict[str, Record]) -> str:
     one = next(iter(results.values()), {}).get("machine", {})
     machine = (
         f"Machine: {one.get('cores')} shared cores ({one.get('processor')}), Python "
-        f"{one.get('python')}, torch {one.get('torch')}. Other fit times: one thread, "
-        "beside other work."
+        f"{one.get('python')}, torch {one.get('torch')}. Fit times, unless it says otherwise: "
+        "one thread, beside other work."
     )
     rows = [
         figure.row(title, runs)

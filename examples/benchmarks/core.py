@@ -188,12 +188,12 @@ def grid_record(base: Any, shift: float, scale: float, seed: int) -> Record:
 
 
 def grid_distance(base: Any, x: Tensor) -> Record:
-    """TV on 100 x 100 cells over the target's extent; the floor is that of 200,000 exact draws."""
+    """TV on 100 x 100 cells over the target's extent; the floor is that of as many exact draws."""
     low, high = base.extent
     edges = [torch.linspace(float(low[i]), float(high[i]), 101).double() for i in range(2)]
     cells = base.cell_masses(*edges)
     distance = float(metrics.grid_total_variation(x.double(), cells, edges))
-    floor = float(metrics.total_variation_floor(cells, 200_000))
+    floor = float(metrics.total_variation_floor(cells, len(x)))
     return {"tv": distance, "tv_floor": floor, "tv_ratio": distance / floor}
 
 
