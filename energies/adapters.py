@@ -16,6 +16,7 @@ always with spawned processes, a script that uses it protects its entry with
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -32,7 +33,7 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, VonMises, constraints
 
 from energies.target import Target
 
@@ -187,7 +188,9 @@ class NumpyEnergy:
         batch = x.shape[:-1]
         tensors = [x] if context is None else [x, context.expand(*batch, context.shape[-1])]
         arrays = [
-            t.detach().to("cpu", torch.float64).reshape(-1, t.shape[-1]).numpy() for t in tensors
+            # A copy: the function may work in place.
+            t.detach().to("cpu", torch.float64, copy=True).reshape(-1, t.shape[-1]).numpy()
+            for t in tensors
         ]
         if not len(arrays[0]):
             return x.new_empty(batch)
@@ -377,6 +380,8 @@ class DistributionTarget(Target):
             self._support = distribution.support
         except NotImplementedError:
             self._support = None
+        if isinstance(distribution, VonMises):  # whose density repeats itself on the whole line
+            self._support = constraints.interval(-math.pi, math.pi)
         if self._support is not None and self._support.is_discrete:
             raise ValueError(f"distribution must be continuous, got {distribution}")
         self.distribution = distribution

@@ -94,7 +94,10 @@ def annealed_estimate(
     if stages > 0 and num_draws < 4:
         raise ValueError(f"num_draws must be at least 4 with stages, got {num_draws}")
     if isinstance(kernel, TruncatedReverseKernel):
-        low, high = kernel.low, kernel.high
+        low, high = (
+            edge.to(x_t) if isinstance(edge, Tensor) else edge
+            for edge in (kernel.low, kernel.high)
+        )
     elif isinstance(kernel, ReverseKernel):
         low, high = -math.inf, math.inf
     else:

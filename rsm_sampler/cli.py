@@ -38,7 +38,7 @@ from rsm_sampler.plotting import (
     plot_weights,
     save_figure,
 )
-from rsm_sampler.trainer import EnergyDiffusionTrainer
+from rsm_sampler.trainer import DivergedError, EnergyDiffusionTrainer
 from rsm_sampler.trainer_config import TrainerConfig
 
 __all__ = ["diagnose", "fit", "main", "sample"]
@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         BudgetExceededError,
         CheckpointError,
+        DivergedError,
         ImportError,
         OSError,
         TypeError,
@@ -131,7 +132,8 @@ def fit(
         device: Where to compute: auto, cpu, cuda, ...
         checkpoint: File that training is saved to on the way, and goes on from if it exists.
         warm_start: A sampler to start from.
-        log: File for one line of JSON per record of the training.
+        log: File for one line of JSON per record of the training; one that is there is begun
+            anew, or taken up where the checkpoint is.
         config: How to train.
 
     Returns:
@@ -158,7 +160,8 @@ def fit(
         warm_start=None if warm_start is None else EnergySampler.load(warm_start),
         config=config,
     )
-    logger = None if log is None else JSONLinesLogger(log)
+    done = -1 if checkpoint is None else EnergyDiffusionTrainer.step_of(checkpoint)
+    logger = None if log is None else JSONLinesLogger(log, resume_step=done)
     try:
         sampler = trainer.fit(checkpoint_path=checkpoint, logger=logger)
     finally:
@@ -307,8 +310,11 @@ def _draw_diagnosis(
     return save_figure(axes[0], path)
 
 
-class _EnergyFailure(Exception):
-    """The user's energy raised; the cause is what it raised."""
+class _EnergyFailure(RuntimeError):
+    """The user's energy raised; the cause is what it raised.
+
+    A RuntimeError, so that an energy that autograd cannot pass is tried by its values.
+    """
 
 
 class _Watched:
@@ -317,6 +323,7 @@ class _Watched:
     def __init__(self, energy: Callable[..., Tensor]) -> None:
         self.energy = energy
         self.dim: int | None = getattr(energy, "dim", None)
+        self.particles = getattr(energy, "particles", None)
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         try:

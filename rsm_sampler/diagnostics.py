@@ -327,7 +327,8 @@ class _Examination:
         if self.context is not None:
             row = torch.as_tensor(self.context, dtype=torch.float32, device=z.device)
             context = row.expand(len(z), -1)
-        value = self.energy(x.float(), context, purpose=purpose).double()
+        x = self.sampler.coordinates.single(x)
+        value = self.energy(x, context, purpose=purpose).double()
         return value - log_det - self.sampler.affine.log_det
 
     def _drift(self, z: Tensor, finite: Tensor) -> tuple[float, float, float]:

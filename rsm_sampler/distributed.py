@@ -41,9 +41,11 @@ class Team:
     def __init__(self, device: str | torch.device = "auto") -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
         local = int(os.environ.get("LOCAL_RANK", "0"))
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device == "auto":
-            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            device = f"cuda:{local % gpus}" if gpus and launched else "cuda" if gpus else "cpu"
+            device = "cuda" if gpus else "cpu"
+        if launched and gpus and str(device) == "cuda":  # each process has one of its own
+            device = f"cuda:{local % gpus}"
         try:
             self.device = torch.device(device)
             torch.empty(0, device=self.device)

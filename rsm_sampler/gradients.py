@@ -78,6 +78,7 @@ def autograd_gradient(
     z: Float[Tensor, "n dim"],
     *,
     purpose: str = "training",
+    single: Callable[[Tensor], Tensor] = Tensor.float,
     chunk: int = 4096,
 ) -> Float[Tensor, "n dim"]:
     """Gradients with respect to z of the energy of x, less the volume of the transform.
@@ -87,6 +88,7 @@ def autograd_gradient(
         transform: From z to x and the log-determinants.
         z: Points.
         purpose: The energy's account.
+        single: How points x come into single precision.
         chunk: Points at a time.
 
     Raises:
@@ -97,7 +99,7 @@ def autograd_gradient(
         with torch.enable_grad():
             leaf = piece.detach().clone().requires_grad_()
             x, log_det = transform(leaf)
-            _, slope = energy.value_and_gradient(x.detach().float(), purpose=purpose)
+            _, slope = energy.value_and_gradient(single(x.detach()), purpose=purpose)
             pulled = (x * slope.to(x)).sum() - log_det.sum()
             pieces.append(torch.autograd.grad(pulled, leaf)[0])
     return torch.cat(pieces)

@@ -245,6 +245,8 @@ def plot_marginal(
 ) -> "matplotlib.axes.Axes":
     r"""Histogram of one coordinate against the exact law.
 
+    Samples with NaN or infinity in them count in the total, and are missing in the figure.
+
     Arguments:
         samples: The samples.
         coordinate: Which coordinate.
@@ -268,12 +270,13 @@ def plot_marginal(
             f"{tuple(samples.shape)}"
         )
     column = _finite(samples.detach())[:, coordinate]
+    whole = len(column) / len(samples)  # less than one where rows are not finite
     low, high = _range(column[:, None]) if extent is None else _box(extent, 1)
     edges = torch.linspace(low[0], high[0], bins + 1, dtype=torch.float64)
     width = float(edges[1] - edges[0])
     ax = _axes(ax)
     ax.stairs(
-        (_shares(column, edges) / width).numpy(),
+        (whole * _shares(column, edges) / width).numpy(),
         edges.numpy(),
         fill=True,
         color=_MODEL,
@@ -326,7 +329,7 @@ def plot_weights(
     high = max(0.5, float(finite.amax()))
     ax = _axes(ax)
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
-    counts = torch.histc(finite.clamp(low, high), bins, low, high)
+    counts = torch.histc(relative.clamp(low, high), bins, low, high)
     ax.stairs(counts.numpy(), (10**edges).numpy(), fill=True, color=_MODEL, alpha=0.6)
     ax.axvline(1.0, color=_EXACT, lw=1)
     ax.set_xscale("log")

@@ -177,7 +177,7 @@ class Supply:
         start = bank.points[0][-2 * _WALKERS :]
         order = torch.randperm(len(start), generator=self.generator, device=start.device)
         start = start[order[:_WALKERS]]
-        x = self.coordinates.forward(start[:2])[0].float()
+        x = self.coordinates.single(self.coordinates.forward(start[:2])[0])
         works = self.gradients not in {"none", "differences"}
         works = works and differentiable(self.energy, x, "search")
         leapfrog = max(1, min(_LEAPFROG, evaluations // (2 * _WALKERS * _MOVES)))
@@ -328,7 +328,8 @@ class Supply:
 
         left = self.energy.remaining
         if method == "auto":
-            works = differentiable(self.energy, to_x(z[:2])[0].float(), "gradients")
+            some = self.coordinates.single(to_x(z[:2])[0])
+            works = differentiable(self.energy, some, "gradients")
             method = "autograd" if works else "differences"
             if left is None and not works:
                 left = reserve + 2 * self.config.chain_evaluations
@@ -340,7 +341,9 @@ class Supply:
             return bank
         chosen = seen[torch.arange(count, device=z.device) * len(seen) // count]
         if method == "autograd":
-            found = autograd_gradient(self.energy, to_x, z[chosen], purpose="gradients")
+            found = autograd_gradient(
+                self.energy, to_x, z[chosen], purpose="gradients", single=self.coordinates.single
+            )
         else:
             found = difference_gradient(
                 lambda z: self._value(affine.forward(z), purpose="gradients"), z[chosen]
@@ -370,7 +373,10 @@ class Supply:
             if by_values:
                 return difference_gradient(self._value, u, step=_FINE * scale.diagonal()), None
             forward = self.coordinates.forward
-            return autograd_gradient(self.energy, forward, u, purpose="search"), None
+            single = self.coordinates.single
+            return autograd_gradient(
+                self.energy, forward, u, purpose="search", single=single
+            ), None
 
         def curved(u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
             return difference_curvature(self._value, u, step=_PROBE * scale.norm(dim=-1))
@@ -389,9 +395,8 @@ class Supply:
     ) -> Tensor:
         """Energy of unbounded coordinates."""
         x, log_det = self.coordinates.forward(u)
-        value = self.energy(
-            x.float(), None if context is None else context.float(), purpose=purpose
-        )
+        single = None if context is None else context.float()
+        value = self.energy(self.coordinates.single(x), single, purpose=purpose)
         return value.double() - log_det
 
     def _scattered(self, n: int) -> Tensor:

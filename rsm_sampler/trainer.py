@@ -728,6 +728,17 @@ class EnergyDiffusionTrainer:
         """Write everything that an exact continuation needs."""
         checkpoint.save(path, self.state(), kind=_KIND, version=_VERSION)
 
+    @staticmethod
+    def step_of(path: str | os.PathLike[str]) -> int:
+        """Optimiser steps that a checkpoint holds, -1 if there is no such file.
+
+        Raises:
+            CheckpointError: If the file is no trainer's, or too old.
+        """
+        if not Path(path).exists():
+            return -1
+        return int(checkpoint.load(path, kind=_KIND, version=_VERSION, least=_VERSION)["step"])
+
     def _save(self, path: Path | None, started: float) -> None:
         self.seconds = time.perf_counter() - started
         if path is not None and self.bank is not None and self.team.leads:

@@ -60,6 +60,10 @@ class Coordinates(Protocol):
         """The coordinates of a point, NaN where it has none."""
         ...
 
+    def single(self, x: Tensor) -> Tensor:
+        """Points in single precision, as energies see them, still inside."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors from which :func:`coordinates_of` makes the same again."""
         ...
@@ -167,6 +171,18 @@ class Bounds:
         inside = (~at.has_low | (above > 0)) & (~at.has_high | (below > 0))
         return torch.where(at.bounded, torch.where(inside, u, torch.nan), x)
 
+    def single(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Points in single precision, strictly inside the bounds there too.
+
+        A point that double precision tells from a bound may be rounded onto it, where an energy
+        may well be infinite.
+        """
+        x = x.float()
+        if not self.active:
+            return x
+        at = self._limits(x)
+        return x.clamp(at.first, at.last)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that make the same bounds again."""
         return {"low": self.low, "high": self.high}
@@ -260,6 +276,10 @@ class MeanFree:
         """The particles moved together, so that their centre of mass is the origin."""
         points = x.unflatten(-1, (self.num_particles, self.space_dim))
         return (points - points.mean(-2, keepdim=True)).flatten(-2)
+
+    def single(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Points in single precision."""
+        return x.float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The two numbers that make the same coordinates again."""

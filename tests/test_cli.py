@@ -1,5 +1,6 @@
 """The command line, from fit to figure, and its errors in one line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -42,6 +43,9 @@ def folder(tmp_path, monkeypatch):
         "    if len(x) == 64:  # the check after training\n"
         "        raise KeyboardInterrupt\n"
         "    return energy(x)\n"
+        "def by_numpy(x):\n"
+        "    import torch\n"
+        "    return torch.from_numpy((x.numpy() ** 2).sum(-1) / 2)\n"
     )
     yield tmp_path
     sys.modules.pop("mine", None)
@@ -100,6 +104,40 @@ def test_log_densities_come_with_the_samples(fitted):
     assert run("sample", fitted, "-n", 9, "--output", "x.npz", "--log-prob") == 0
     with np.load("x.npz") as arrays:
         assert arrays["log_prob"].shape == (9,)
+
+
+def test_a_named_energy_knows_its_particles(folder):
+    few = [*TINY, "--config.search-evaluations", "1000", "--config.chain-evaluations", "2000"]
+    assert run("fit", "dw4", "--output", "s.pt", *few) == 0
+    assert EnergySampler.load(folder / "s.pt").architecture["num_particles"] == 4
+
+
+def test_an_energy_that_autograd_cannot_pass_is_tried_by_its_values(folder):
+    """Beyond twelve dimensions gradients are asked for first."""
+    few = [*TINY, "--config.chain-evaluations", "2000"]
+    assert run("fit", "mine:by_numpy", "--dim", 14, "--output", "s.pt", *few) == 0
+
+
+def test_a_training_that_diverges_has_status_2(folder, capsys):
+    lively = [*TINY, "--config.steps-per-cycle", "300", "--config.learning-rate", "1e30"]
+    assert run("fit", "mine:energy", "--dim", 2, "--output", "s.pt", *lively) == 2
+    assert "loss must stay finite" in error_line(capsys)
+
+
+def test_a_log_goes_on_where_the_checkpoint_is(folder):
+    """And begins anew without one."""
+    options = ["mine:energy", "--dim", 2, "--output", "s.pt", "--log", "log.jsonl", *TINY]
+    options += ["--config.steps-per-cycle", "300", "--config.max-cycles", "2"]
+    assert run("fit", *options, "--checkpoint", "c.pt") == 0
+    whole = (folder / "log.jsonl").read_text()
+    with (folder / "log.jsonl").open("a") as file:  # of steps that a crash took away
+        file.write('{"step": 99999, "loss": 1.0}\n')
+    assert run("fit", *options, "--checkpoint", "c.pt") == 0
+    assert (folder / "log.jsonl").read_text() == whole
+    assert run("fit", *options) == 0
+    again = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in whole.splitlines()]
+    assert [r["step"] for r in again] == [r["step"] for r in first]
 
 
 def test_a_named_energy_knows_its_dimension(folder, capsys):

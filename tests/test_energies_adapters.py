@@ -88,6 +88,27 @@ def test_numpy_energies_take_tensors_with_gradients():
     assert not value.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numpy_functions_may_work_in_place(dtype):
+    """The points are the sampler's own."""
+
+    def centred(x):
+        x -= 3.0
+        return 0.5 * (x**2).sum(-1)
+
+    points = torch.ones(4, 2, dtype=dtype)
+    value = energies.from_numpy(centred)(points)
+    assert torch.equal(points, torch.ones(4, 2, dtype=dtype))
+    assert torch.equal(value, torch.full((4,), 4.0, dtype=dtype))
+
+
+def test_a_circle_is_not_the_whole_line():
+    """The density of VonMises repeats itself beyond pi, the law does not."""
+    target = energies.from_distribution(torch.distributions.VonMises(0.0, 4.0))
+    value = target(torch.tensor([[0.0], [3.1], [3.2], [10 * math.pi]]))
+    assert value[:2].isfinite().all() and value[2:].isposinf().all()
+
+
 def test_numpy_context_broadcasts():
     x, c = torch.randn(4, 3, 2), torch.randn(3, 5)
     expected = x.sum(-1) + c.sum(-1)

@@ -1,5 +1,6 @@
 """Figures: what is drawn is what was given, and bad input is refused."""
 
+import math
 import subprocess
 import sys
 
@@ -135,13 +136,29 @@ def test_what_lies_outside_of_a_marginal_still_counts(ax):
     assert stairs(ax)[0][0].tolist() == [0.5]
 
 
+def test_samples_that_are_not_finite_are_missing_in_a_marginal(ax):
+    samples = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    samples[:250] = torch.nan
+    plot_marginal(samples, ax=ax)
+    ((density, edges),) = stairs(ax)
+    assert float((density * (edges[1:] - edges[:-1])).sum()) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("least", [-50.0, -math.inf])
+def test_the_smallest_weights_are_shown_at_the_left_end(ax, least):
+    """However small: they are most of the draws."""
+    plot_weights(torch.cat([torch.zeros(100), torch.full((900,), least)]), ax=ax)
+    ((counts, _),) = stairs(ax)
+    assert counts.sum() == 1000 and counts[0] == 900
+
+
 def test_weights_are_relative_to_their_mean(ax):
     log_weight = torch.tensor([0.0, 0.0, 0.0, -torch.inf]) + 1234.0
     plot_weights(log_weight, ax=ax)
     counts, edges = stairs(ax)[0]
-    (place,) = counts.nonzero()[0]
-    assert counts.sum() == 3  # a weight of zero has no place on a log axis
-    assert edges[place] <= 4 / 3 <= edges[place + 1]
+    least, place = counts.nonzero()[0]
+    assert least == 0 and counts[0] == 1  # a weight of zero is shown at the left end
+    assert counts[place] == 3 and edges[place] <= 4 / 3 <= edges[place + 1]
     assert ax.get_title() == "ESS 3 of 4 (75.0%)"
 
 

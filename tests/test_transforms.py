@@ -79,6 +79,17 @@ def test_points_stay_strictly_inside(u, dtype):
     assert mixed().inverse(x)[..., 1:].isfinite().all()
 
 
+@given(u=st.floats(-800, 800), low=st.floats(-1e6, 1e6))
+def test_points_stay_inside_in_single_precision_too(u, low):
+    """Made in double, where they may be nearer to a bound than single precision can say."""
+    bounds = Bounds(low, low + max(1.0, abs(low)), dim=1)
+    x = bounds.single(bounds.forward(torch.tensor([u], dtype=torch.float64))[0])
+    assert x.dtype == torch.float32
+    assert bounds.low.float() < x < bounds.high.float()
+    one = Bounds(-math.inf, 0.0, dim=1)
+    assert one.single(one.forward(torch.tensor([u], dtype=torch.float64))[0]) < 0
+
+
 def test_small_distances_from_zero_keep_their_digits():
     u = torch.tensor([[-80.0, 80.0]], dtype=torch.float32)
     x, _ = Bounds([0.0, -INF], [INF, 0.0], 2).forward(u)

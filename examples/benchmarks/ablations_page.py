@@ -69,10 +69,10 @@ networks of 2 x 128, where 2 x 256 at 3e-4 and a floor of four had given 4120 ±
 ([results](results_sdac.md)). By default both rates are 3e-4, equal already.""",
     "sharpness": """\
 The fewer candidates the weights may be worth, the sharper the policy. With a floor of 2 of 32
-instead of 4 each of three seeds ends higher, 2555 ± 190 in the mean instead of 2253 ± 75, which is a
-sign and no proof (t = 2.6, where 2.8 are asked for; in the second half one seed is lower); 1.5 is one
-seed. With 4 the floor and not the entropy decides throughout: after 20,000 steps the policy is still
-nearly as broad as the box. The default is 2.
+instead of 4 each of three seeds ends higher, 2555 ± 190 in the mean instead of 2253 ± 75, which
+is a sign and no proof (t = 2.6, where 2.8 are asked for; in the second half one seed is lower);
+1.5 is one seed. With 4 the floor and not the entropy decides throughout: after 20,000 steps the
+policy is still nearly as broad as the box. The default is 2.
 """,
 }
 
@@ -208,10 +208,10 @@ def main() -> None:
 Written by `python examples/benchmarks/ablations_page.py` from `docs/results/ablations.json`, which
 `python examples/benchmarks/ablations.py --threads 1` measures: {TASK.steps:,} steps of {CHEETAH}
 ({ANT} where it says so), one environment, one update per step, 5,000 of the steps with random
-actions, networks of two layers of 128, T = 5, critics with a learning rate of 0.001 and targets that
-follow by 0.02; SDAC with 32 candidates, half of them about the clean action, which is the present
-policy's (`proposal="next"`), worth four at least. That is "base". Only what the column "change" says
-differs from it, and the environment where it is another.
+actions, networks of two layers of 128, T = 5, critics with a learning rate of 0.001 and targets
+that follow by 0.02; SDAC with 32 candidates, half of them about the clean action, which is the
+present policy's (`proposal="next"`), worth four at least. That is "base". Only what the column
+"change" says differs from it, and the environment where it is another.
 
 "Second half" is the mean of a run's evaluations after {TASK.steps // 2:,} steps (20 episodes each,
 from the seeds 10000 to 10019), "last" the one at its end; means and sample standard deviations are

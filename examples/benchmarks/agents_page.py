@@ -182,11 +182,11 @@ steps; the goals are −200 within 15,000 steps of Pendulum-v1 and 1,000 within 
 InvertedPendulum-v5. A run stops after two evaluations in a row that reach its goal; "last" is its
 last evaluation. PPO and DPPO, which learn from each step for a short while only, have 300,000
 steps and are evaluated every 10,000. These are settings for short runs, not the defaults: critics
-with a learning rate of 0.001 and targets that follow by 0.02, 1,000 random steps, for SDAC and DPMD
-critics without normalised layers and networks of three hidden layers of 128 units, SDAC's weights
-worth four candidates at least; QSM, DIPO, DACER, QVPO and DPPO have two layers of 64. PPO and DPPO
-have lower discounts on Pendulum-v1 (and PPO shorter rollouts and a larger rate). SAC, TD3 and PPO
-are those of stable-baselines3.
+with a learning rate of 0.001 and targets that follow by 0.02, 1,000 random steps, for SDAC and
+DPMD critics without normalised layers and networks of three hidden layers of 128 units, SDAC's
+weights worth four candidates at least; QSM, DIPO, DACER, QVPO and DPPO have two layers of 64. PPO
+and DPPO have lower discounts on Pendulum-v1 (and PPO shorter rollouts and a larger rate). SAC, TD3
+and PPO are those of stable-baselines3.
 
 {learning()}
 """

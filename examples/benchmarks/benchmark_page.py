@@ -18,7 +18,7 @@ measured; "reached" counts them. {machine}
 "Random walk" and "tempering" are Metropolis chains (512 of them) and parallel tempering (64
 chains, 12 levels) at the same number of energy evaluations. They start from a normal law with the
 exact mean and spread, which the trainer has to find out by itself. A "sampling floor" is what as
-many exact draws score: 200,000 of the sampler and of random walks, of tempering those that it keeps.
+many exact draws score: 200,000 of the sampler and of random walks, of tempering those it keeps.
 """
 
 

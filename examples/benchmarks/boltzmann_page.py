@@ -278,19 +278,24 @@ loss of LJ55.*
 
 | method | |
 | --- | --- |
-| `rsm` | the trainer with its defaults; networks of particles are compiled, and LJ55 is trained for 9,600 steps instead of 6,000 (half of them, with gradients) |
+| `rsm` | the trainer with its defaults; networks of particles are compiled, and LJ55 is \
+trained for 9,600 steps instead of 6,000 (half of them, with gradients) |
 | `rsm-values` | the same from energy values alone |
-| `rw`, `hmc`, `pt` | random-walk Metropolis, Hamiltonian Monte Carlo, parallel tempering with random-walk moves |
+| `rw`, `hmc`, `pt` | random-walk Metropolis, Hamiltonian Monte Carlo, parallel tempering with \
+random-walk moves |
 | `langevin` | annealed Langevin dynamics without a Metropolis test |
-| `ddpm-mcmc`, `ddpm-exact` | denoising score matching (9) on states of parallel tempering; on 16,384 exact draws, or draws of long chains where there are no exact ones |
-| `idem`, `fab` | the peers of {{py:mod}}`rsm_sampler.baselines`, with settings for as few evaluations |
+| `ddpm-mcmc`, `ddpm-exact` | denoising score matching (9) on states of parallel tempering; on \
+16,384 exact draws, or draws of long chains where there are no exact ones |
+| `idem`, `fab` | the peers of {{py:mod}}`rsm_sampler.baselines`, with settings for as few \
+evaluations |
 
 | figure | |
 | --- | --- |
 | worst pair | largest error of the deeper well's share, over the pairs of the many-well |
 | TV | total variation of the modes' shares |
 | KS | Kolmogorov-Smirnov distance of the funnel's first coordinate to its law |
-| energy W2 | root of the squared Wasserstein distance between energies of draws and of reference draws |
+| energy W2 | root of the squared Wasserstein distance between energies of draws and of \
+reference draws |
 | worst mean | largest error of a coordinate's mean, in the posterior's standard deviations |
 | nll | mean of −log density at exact draws |
 

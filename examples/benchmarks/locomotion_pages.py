@@ -188,8 +188,8 @@ their aim.
 Thin lines are seeds, thick ones their means, as far as the shortest run goes: means of runs that
 stop at their aim end early. SAC is that of stable-baselines3 with its defaults (learning rates of
 3e-4, targets that follow by 0.005, returns of one step, networks of two layers of 256) and was not
-tuned for runs as short as these, as ours were (see Settings). What is not in the table has not been
-run.
+tuned for runs as short as these, as ours were (see Settings). What is not in the table has not
+been run.
 
 {table(head, rows(agent, found))}
 
