@@ -19,7 +19,7 @@ import contextlib
 import difflib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,17 +110,19 @@ class Environments:
             _kind(env) is not None for env in self.vector.envs
         )
 
-    def reset(self, seed: int | None = None) -> NDArray[np.float32]:
+    def reset(self, seed: int | Sequence[int] | None = None) -> NDArray[np.float32]:
         """Start new episodes.
 
         Arguments:
-            seed: Decides their random numbers; copy i gets ``seed + i``.
+            seed: Decides their random numbers: one for each copy, or a number of which copy i
+                gets ``seed + i``.
 
         Returns:
             The first observations, (n, observation_dim).
         """
         with quiet():
-            observation, _ = self.vector.reset(seed=seed)
+            given = list(seed) if isinstance(seed, Sequence) else seed
+            observation, _ = self.vector.reset(seed=given)
         self._over[:] = False
         self._returns[:], self._lengths[:] = 0, 0
         self.finished.clear()

@@ -156,7 +156,7 @@ class Run:
             log_every,
             eval_episodes,
         )
-        given = is_environment(env)
+        self.given_env = given = is_environment(env)
         copies = getattr(env, "num_envs", 1) if given else config.num_envs
         self.environments = Environments(env, copies)
         self.given_eval_env = eval_env
@@ -234,7 +234,7 @@ class Run:
         going_on = self._load()
         self._opened, self._share = time.perf_counter(), share
         if not going_on:
-            self.observation = self.environments.reset(seed=self.seed)
+            self.observation = self.environments.reset(seed=self._seeds(self.seed))
         self._loggers = [] if logger is None else [logger]
         if self.folder is not None:
             resume_step = self.step if going_on else None
@@ -469,8 +469,16 @@ class Run:
             self.observation = state["observation"].numpy()
             self.returns.load_state(state.get("open_returns", self.returns.state()))
         else:
-            self.observation = self.environments.reset(seed=self.seed + self.step)
+            seeds = self._seeds(self.seed + self.step)
+            self.observation = self.environments.reset(seed=seeds)
         return True
+
+    def _seeds(self, seed: int) -> int | list[int]:
+        """Of the copies of the environment: runs with neighbouring seeds have none in common."""
+        if self.given_env:  # a vector environment of others may know numbers alone
+            return seed
+        others = (np.random.SeedSequence([seed, i]) for i in range(1, self.environments.num_envs))
+        return [seed, *(int(each.generate_state(1)[0]) for each in others)]
 
 
 def uncounted_steps(config: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ import torch
 
 import rl
 from rl.cli import main
+from rl.run import Run
 from rsm_sampler import DivergedError, checkpoint
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import JSONLinesLogger, MemoryLogger
@@ -111,6 +112,20 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, t
         assert one.keys() == other.keys()
         for key in one:
             assert key.endswith(("per_second", "seconds")) or one[key] == other[key]
+
+
+def test_neighbouring_seeds_have_no_environment_in_common():
+    """And the first copy has the run's own seed, whatever stands beside it."""
+    first = {}
+    for seed, copies in ((0, 1), (0, 3), (1, 3)):
+        run = Run("dpmd", "Pendulum-v1", total_steps=200, seed=seed, run_dir=None,
+                  changes={"num_envs": copies, "warmup_steps": 10})  # fmt: skip
+        run.open(None)
+        first[seed, copies] = run.observation
+        run.close()
+    np.testing.assert_array_equal(first[0, 1][0], first[0, 3][0])
+    both = np.concatenate([first[0, 3], first[1, 3]])
+    assert len(np.unique(both.round(6), axis=0)) == 6
 
 
 @pytest.mark.parametrize("agent", ["sdac", "qsm", "dipo", "dacer", "qvpo"])
