@@ -121,7 +121,7 @@ class Environments:
             The first observations, (n, observation_dim).
         """
         with quiet():
-            given = list(seed) if isinstance(seed, Sequence) else seed
+            given: Any = list(seed) if isinstance(seed, Sequence) else seed
             observation, _ = self.vector.reset(seed=given)
         self._over[:] = False
         self._returns[:], self._lengths[:] = 0, 0
