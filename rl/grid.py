@@ -196,7 +196,8 @@ def estimate_cost(
 def _cost(agent: str, env: str, config: AgentConfig | dict[str, Any], updates: int) -> Cost:
     if isinstance(config, dict):
         if "learning_starts" in config:  # random steps cost nothing
-            every = updates * max(1, config["train_freq"])
+            pace = config["train_freq"]  # a number, or a pair with a unit
+            every = updates * (pace if isinstance(pace, int) else pace[0])
             config = {**config, "learning_starts": every}
         else:
             every = config["n_steps"]
