@@ -413,9 +413,9 @@ def _with_names(kwargs: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in kwargs.items():
         if isinstance(value, type):
-            if value not in (_torch_class(value.__name__), None):
+            if value is not _torch_class(value.__name__):
                 raise ValueError(
-                    f"policy_kwargs must have classes of torch.nn or torch.optim, which a saved "
+                    "policy_kwargs must have classes of torch.nn or torch.optim, which a saved "
                     f"agent can name, got {key}={value!r}"
                 )
             value = value.__name__
