@@ -397,6 +397,10 @@ def _model(
             clip_obs=_CLIP,
         )
     model = _algorithm(name)("MlpPolicy", source, seed=seed, device=device, verbose=0, **given)
+    if given.get("tensorboard_log") is None:  # or the library leaves a folder for every run
+        from stable_baselines3.common.logger import Logger as Silent
+
+        model.set_logger(Silent(folder=None, output_formats=[]))
     return model, None if source is env else source.obs_rms
 
 

@@ -1,6 +1,7 @@
 """Agents of stable-baselines3 behind the same training, evaluation and logs."""
 
 import json
+import tempfile
 
 import gymnasium as gym
 import numpy as np
@@ -54,6 +55,13 @@ def test_a_run_is_decided_by_its_seed():
     )
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_a_run_leaves_nothing_behind_that_was_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in SMALL:
+        quick(name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_run_begins_anew(tmp_path):
