@@ -9,6 +9,7 @@ for equal (0.2).
 
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 
@@ -195,6 +196,19 @@ def test_idem_recovers_a_mixture():
     log_z = float(torch.logsumexp(draws.log_weight.double(), 0)) - math.log(4096)
     assert draws.ess > 200
     assert abs(log_z) < 6 * math.sqrt(1 / draws.ess - 1 / 4096) + 0.01
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch
+def test_a_compiled_idem_learns_the_same():
+    """Up to rounding, and with weights that are not those of the start."""
+    eager, compiled, short = (
+        idem(TWO.energy, 2, evaluations=64 * steps, device="cpu",
+             config=dataclasses.replace(TINY_IDEM, compile=compiled)).denoiser.state_dict()
+        for steps, compiled in ((20, False), (20, True), (1, False))
+    )  # fmt: skip
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=0)
+    assert max(float((eager[name] - short[name]).abs().max()) for name in eager) > 1e-2
 
 
 def test_idem_of_particles_gives_centred_configurations():

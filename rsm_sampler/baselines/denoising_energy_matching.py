@@ -60,6 +60,8 @@ class IDEMConfig:
         learning_rate: Peak learning rate of Adam; it falls to zero.
         width: Units per hidden layer; 128, and 64 for particles, if None.
         depth: Hidden layers; 3, and 4 rounds of messages for particles, if None.
+        compile: Whether the network is compiled for training, as in
+            :class:`~rsm_sampler.trainer_config.TrainerConfig`.
     """
 
     num_draws: int = 100
@@ -75,6 +77,7 @@ class IDEMConfig:
     learning_rate: float = 2e-3
     width: int | None = None
     depth: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -217,6 +220,7 @@ def idem(
     denoiser = Denoiser.build(architecture, torch.Generator().manual_seed(seed))
     denoiser.to(device=target.device, dtype=dtype)
     average = copy.deepcopy(denoiser).requires_grad_(False)
+    network: Any = torch.compile(denoiser) if config.compile else denoiser
     optimiser = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps * config.updates)
     schedule = Geometric(config.sigma_min, config.sigma_max)
@@ -233,7 +237,7 @@ def idem(
         for update in range(config.updates):
             batch = store[_below(len(store), generator) if update else -1]
             loss = estimate_loss(
-                denoiser, batch.x_t, batch.sigma, batch.estimate, loss_weight=noise_weight
+                network, batch.x_t, batch.sigma, batch.estimate, loss_weight=noise_weight
             ).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
