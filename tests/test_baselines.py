@@ -106,6 +106,14 @@ def tiny(method, seed=0, energy=TWO.energy, **options):
 METHODS = ["idem", "fab", "ddpm", "langevin"]
 
 
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_training_shows_its_progress_where_asked_to(method, capsys):
+    tiny(method, progress=True)
+    assert "100%" in capsys.readouterr().err
+    tiny(method)  # no terminal
+    assert capsys.readouterr().err == ""
+
+
 # --- coordinates ------------------------------------------------------------------------
 
 

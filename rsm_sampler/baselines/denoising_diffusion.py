@@ -36,6 +36,7 @@ def ddpm(
     seed: int = 0,
     device: str | torch.device = "auto",
     config: TrainerConfig | None = None,
+    progress: bool | None = None,
 ) -> EnergySampler:
     r"""Denoising score matching (9) on samples.
 
@@ -57,6 +58,7 @@ def ddpm(
         device: Where to train, ``"auto"`` for a GPU where there is one. Chains and training are
             in the precision of the trainer, double and single.
         config: The trainer's.
+        progress: Whether to show a progress bar; None to show it on a terminal.
 
     Returns:
         The sampler; ``counts`` has the evaluations of the chains as ``mcmc`` and those of the
@@ -109,7 +111,7 @@ def ddpm(
         samples=samples.float(),
         config=config,
     )
-    sampler = trainer.fit(progress=False)
+    sampler = trainer.fit(progress=progress)
     for purpose, spent in trainer.energy.counts.items():
         meter.counts[purpose] = meter.counts.get(purpose, 0) + spent
     sampler.counts = dict(meter.counts)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from rsm_sampler.ancestral import Ancestral
 from rsm_sampler.baselines.standard import StandardEnergy
@@ -161,6 +162,7 @@ def idem(
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     config: IDEMConfig | None = None,
+    progress: bool | None = None,
 ) -> "IDEMSampler":
     r"""Iterated denoising energy matching.
 
@@ -179,6 +181,7 @@ def idem(
         device: Where to train, ``"auto"`` for a GPU where there is one.
         dtype: Precision of network and points.
         config: Everything else.
+        progress: Whether to show a progress bar; None to show it on a terminal.
 
     Returns:
         The sampler; ``counts`` has the evaluations, ``history`` a record for each refill: ``step``
@@ -229,7 +232,8 @@ def idem(
     buffer = torch.zeros(0, target.dim, device=target.device, dtype=dtype)
     store: deque[_Batch] = deque(maxlen=max(1, config.buffer_size // config.batch_size))
     history: list[dict[str, float]] = []
-    for step in range(steps):
+    disable = None if progress is None else not progress
+    for step in tqdm(range(steps), desc="iDEM", unit="batch", disable=disable):
         if step % config.inner_steps == 0:
             fresh = model.sample(config.refill, generator=generator)
             buffer = torch.cat([buffer, fresh])[-config.buffer_size :]

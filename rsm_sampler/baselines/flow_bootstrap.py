@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from rsm_sampler.baselines.spline_flow import SplineFlow
 from rsm_sampler.baselines.standard import StandardEnergy
@@ -251,6 +252,7 @@ def fab(
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     config: FABConfig | None = None,
+    progress: bool | None = None,
 ) -> FlowSampler:
     r"""Flow annealed importance sampling bootstrap, with a prioritised buffer.
 
@@ -268,6 +270,7 @@ def fab(
         device: Where to train, ``"auto"`` for a GPU where there is one.
         dtype: Precision of flow and points.
         config: Everything else.
+        progress: Whether to show a progress bar; None to show it on a terminal.
 
     Returns:
         The sampler; ``counts`` has the evaluations, ``history`` about a hundred records: ``step``
@@ -314,7 +317,8 @@ def fab(
     buffer = _Buffer(config.buffer_size)
     history: list[dict[str, float]] = []
     every = max(1, passes // 100)
-    for step in range(1, passes + 1):
+    disable = None if progress is None else not progress
+    for step in tqdm(range(1, passes + 1), desc="FAB", unit="pass", disable=disable):
         found = annealed_draws(target, flow, kernels, config.batch_size, generator=generator)
         buffer.add(found)
         if step == first:  # before a first draw
