@@ -13,9 +13,10 @@ Methods:
   with random-walk moves, with as many evaluations as ``rsm`` took;
 * ``langevin``: annealed Langevin dynamics without a Metropolis test, with as many;
 * ``ddpm-mcmc``: denoising score matching (9) on states of parallel tempering, with as many;
+* ``ddpm-hmc``, of particles: the same on those of ``hmc``, which mixes better there;
 * ``ddpm-exact``: the same on 16,384 exact draws of the target, or of long chains where there are
-  none. Both take the steps of the defaults, of particles twice those of ``rsm``, which gradients
-  shorten; of LJ55, where ``rsm`` is trained for longer, as many as it takes;
+  none. All three take the steps of the defaults, of particles twice those of ``rsm``, which
+  gradients shorten; of LJ55, where ``rsm`` is trained for longer, as many as it takes;
 * ``idem``, ``fab``: the peers of :mod:`rsm_sampler.baselines`, with as many. Their published
   settings spend hundreds to ten thousands of times more; here iDEM uses an estimate eight times
   and FAB an annealed point as often, so that a few thousand optimiser steps come out; for LJ55
@@ -60,9 +61,10 @@ from rsm_sampler.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.transforms import Bounds, Coordinates, MeanFree
 
 METHODS = (
-    "rsm", "rsm-values", "rw", "hmc", "pt", "langevin", "ddpm-mcmc", "ddpm-exact", "idem", "fab"
+    "rsm", "rsm-values", "rw", "hmc", "pt", "langevin", "ddpm-mcmc", "ddpm-hmc", "ddpm-exact",
+    "idem", "fab",
 )  # fmt: skip
-DIFFERENTIATING = {"hmc", "langevin", "idem", "fab"}  # they need autograd
+DIFFERENTIATING = {"hmc", "langevin", "ddpm-hmc", "idem", "fab"}  # they need autograd
 IDEM = IDEMConfig(num_draws=64, batch_size=32, updates=8)
 # Of many pairs a refill of 1,000 draws for 3,200 noisy points would take most of the time; the
 # defaults refill for 25,600.
@@ -102,7 +104,14 @@ def fitted(
         sampler = ddpm(*arguments, samples=samples, config=usual, **given)
     else:
         given |= {"evaluations": budget(target.name, seed), "scale": task.start}
-        if method == "ddpm-mcmc":
+        if method == "ddpm-hmc":
+            del given["evaluations"], given["scale"]
+            sizes = usual.sizes(target.dim, given["particles"])
+            checks = sizes.max_cycles * sizes.check_draws
+            found, _ = plain(task, target, "hmc", seed, 16_384, spared=checks)
+            sampler = ddpm(*arguments, samples=found.samples.float(), config=usual, **given)
+            sampler.counts = {"mcmc": found.evaluations, **sampler.counts}
+        elif method == "ddpm-mcmc":
             sampler = ddpm(*arguments, config=usual, **given)
         elif method == "idem":
             chosen = IDEM_OF_MANY if target.name == "lj55" else IDEM
@@ -136,10 +145,12 @@ def inner(target: Any) -> tuple[Callable[[Tensor], Tensor], Coordinates]:
     return lambda u: target.energy(inside.forward(u)[0]), inside
 
 
-def plain(task: Task, target: Any, method: str, seed: int, n: int) -> tuple[Any, float]:
-    """Chains with the same number of evaluations, and the seconds they took."""
+def plain(
+    task: Task, target: Any, method: str, seed: int, n: int, *, spared: int = 0
+) -> tuple[Any, float]:
+    """Chains with the same number of evaluations but for those spared, and their seconds."""
     generator = torch.Generator().manual_seed(seed)
-    evaluations, (energy, inside) = budget(target.name, seed), inner(target)
+    evaluations, (energy, inside) = budget(target.name, seed) - spared, inner(target)
     chains = {"pt": 32, "hmc": 64}.get(method, 128)
     if hasattr(target, "scattered"):
         x_0 = inside.inverse(target.scattered(chains, generator=generator))
@@ -324,6 +335,8 @@ def main() -> None:
                 if seed >= task.seeds or (key in load("boltzmann") and not arguments.again):
                     continue
                 if method in {*DIFFERENTIATING, "rsm-values"} and not task.differentiable:
+                    continue
+                if method == "ddpm-hmc" and not task.refine_steps:  # no particles
                     continue
                 record = measure(name, method, seed, arguments.keep)
                 store("boltzmann", key, record)

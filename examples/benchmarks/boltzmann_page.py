@@ -14,7 +14,7 @@ from results import FOLDER, load
 _NEVER = 1e7  # seconds
 _HUGE = 1e6
 _PLAIN = ("rw", "hmc", "pt", "langevin")
-_PEERS = ("ddpm-mcmc", "idem", "fab")  # as ddpm-exact, but from the energy
+_PEERS = ("ddpm-mcmc", "ddpm-hmc", "idem", "fab")  # as ddpm-exact, but from the energy
 _OFF = 30  # times the aim: drawn as arrows at the upper end
 _UNFINISHED = "lj55"  # whose run is a shorter one
 DOCS = FOLDER.parent
@@ -285,8 +285,9 @@ trained for 9,600 steps instead of 6,000 (half of them, with gradients) |
 | `rw`, `hmc`, `pt` | random-walk Metropolis, Hamiltonian Monte Carlo, parallel tempering with \
 random-walk moves |
 | `langevin` | annealed Langevin dynamics without a Metropolis test |
-| `ddpm-mcmc`, `ddpm-exact` | denoising score matching (9) on states of parallel tempering; on \
-16,384 exact draws, or draws of long chains where there are no exact ones |
+| `ddpm-mcmc`, `ddpm-hmc`, `ddpm-exact` | denoising score matching (9) on states of parallel \
+tempering; of particles, on those of `hmc`; on 16,384 exact draws, or draws of long chains where \
+there are no exact ones |
 | `idem`, `fab` | the peers of {{py:mod}}`rsm_sampler.baselines`, with settings for as few \
 evaluations |
 
@@ -311,7 +312,8 @@ bank of its training, which is what the trainer reports. *By values alone*: `rsm
 
 {(chr(10) * 2).join(sections)}
 
-Machines: {"; ".join(sorted(machines))}. Times were taken beside other work.
+Machines: {"; ".join(sorted(machines))}. Times were taken beside other work, and on machines of
+which some are half as fast as others: they tell orders of magnitude.
 """
     (DOCS / "boltzmann.md").write_text(page)
 

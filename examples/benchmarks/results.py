@@ -19,6 +19,7 @@ def machine() -> dict:
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # speed goes with it
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rsm_sampler": __version__,
