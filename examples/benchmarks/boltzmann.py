@@ -102,16 +102,15 @@ def fitted(
     elif method == "ddpm-exact":
         samples = reference(target, 16_384, seed=seed).float()
         sampler = ddpm(*arguments, samples=samples, config=usual, **given)
+    elif method == "ddpm-hmc":
+        sizes = usual.sizes(target.dim, given["particles"])
+        checks = sizes.max_cycles * sizes.check_draws
+        found, _ = plain(task, target, "hmc", seed, 16_384, spared=checks)
+        sampler = ddpm(*arguments, samples=found.samples.float(), config=usual, **given)
+        sampler.counts = {"mcmc": found.evaluations, **sampler.counts}
     else:
         given |= {"evaluations": budget(target.name, seed), "scale": task.start}
-        if method == "ddpm-hmc":
-            del given["evaluations"], given["scale"]
-            sizes = usual.sizes(target.dim, given["particles"])
-            checks = sizes.max_cycles * sizes.check_draws
-            found, _ = plain(task, target, "hmc", seed, 16_384, spared=checks)
-            sampler = ddpm(*arguments, samples=found.samples.float(), config=usual, **given)
-            sampler.counts = {"mcmc": found.evaluations, **sampler.counts}
-        elif method == "ddpm-mcmc":
+        if method == "ddpm-mcmc":
             sampler = ddpm(*arguments, config=usual, **given)
         elif method == "idem":
             chosen = IDEM_OF_MANY if target.name == "lj55" else IDEM
