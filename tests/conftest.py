@@ -5,6 +5,7 @@ Nothing here imports the packages under test: the run-time check of shapes and t
 """
 
 import os
+import shutil
 import signal
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -40,11 +41,18 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    reasons = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        reasons["gpu"] = "no CUDA device"
+    if config.getoption("--check-types"):
+        reasons["compiles"] = "torch.compile cannot trace the checks"
+    elif shutil.which("g++") is None:
+        reasons["compiles"] = "torch.compile needs a compiler"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

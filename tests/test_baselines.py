@@ -9,7 +9,6 @@ for equal (0.2).
 
 import dataclasses
 import math
-import shutil
 import subprocess
 import sys
 
@@ -206,7 +205,7 @@ def test_idem_recovers_a_mixture():
     assert abs(log_z) < 6 * math.sqrt(1 / draws.ess - 1 / 4096) + 0.01
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch
 def test_a_compiled_idem_learns_the_same():
     """Up to rounding, and with weights that are not those of the start."""

@@ -1,7 +1,6 @@
 """The trainer: end to end in small, to the bit where that is promised, and its error messages."""
 
 import math
-import shutil
 import traceback
 
 import pytest
@@ -881,7 +880,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     )
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch
 def test_a_compiled_network_learns_the_same(tmp_path):
     """Up to rounding; and a checkpoint may be gone on with either way."""
