@@ -13,7 +13,7 @@ Methods:
   with random-walk moves, with as many evaluations as ``rsm`` took;
 * ``langevin``: annealed Langevin dynamics without a Metropolis test, with as many;
 * ``ddpm-mcmc``: denoising score matching (9) on states of parallel tempering, with as many;
-* ``ddpm-hmc``, of particles: the same on those of ``hmc``, which mixes better there;
+* ``ddpm-hmc``, of Lennard-Jones clusters: the same on those of ``hmc``, which mixes better there;
 * ``ddpm-exact``: the same on 16,384 exact draws of the target, or of long chains where there are
   none. All three take the steps of the defaults, of particles twice those of ``rsm``, which
   gradients shorten; of LJ55, where ``rsm`` is trained for longer, as many as it takes;
@@ -64,6 +64,7 @@ METHODS = (
     "rsm", "rsm-values", "rw", "hmc", "pt", "langevin", "ddpm-mcmc", "ddpm-hmc", "ddpm-exact",
     "idem", "fab",
 )  # fmt: skip
+CLUSTERS = {"lj13", "lj55"}
 DIFFERENTIATING = {"hmc", "langevin", "ddpm-hmc", "idem", "fab"}  # they need autograd
 IDEM = IDEMConfig(num_draws=64, batch_size=32, updates=8)
 # Of many pairs a refill of 1,000 draws for 3,200 noisy points would take most of the time; the
@@ -335,7 +336,7 @@ def main() -> None:
                     continue
                 if method in {*DIFFERENTIATING, "rsm-values"} and not task.differentiable:
                     continue
-                if method == "ddpm-hmc" and not task.refine_steps:  # no particles
+                if method == "ddpm-hmc" and name not in CLUSTERS:
                     continue
                 record = measure(name, method, seed, arguments.keep)
                 store("boltzmann", key, record)

@@ -264,10 +264,6 @@ them are left out. The chains' 10,000 further independent draws are counted by t
 chains' means in the coordinates that they are slow in; such a count cannot see what all chains
 miss.
 
-**Still to be measured**: `ddpm-hmc`, and `ddpm-exact` of DW4 again, which is of an earlier network
-of particles, before one factor of each of its products was bounded (that of LJ13: 0.555 before,
-0.562 with the present one).
-
 ![Figures of all seeds](figures/boltzmann.png)
 
 *Dots: seeds, `rsm` blue, other trained samplers orange, plain chains grey; arrows: more than
@@ -285,8 +281,8 @@ trained for 9,600 steps instead of 6,000 (half of them, with gradients) |
 random-walk moves |
 | `langevin` | annealed Langevin dynamics without a Metropolis test |
 | `ddpm-mcmc`, `ddpm-hmc`, `ddpm-exact` | denoising score matching (9) on states of parallel \
-tempering; of particles, on those of `hmc`; on 16,384 exact draws, or draws of long chains where \
-there are no exact ones |
+tempering; of Lennard-Jones clusters, on those of `hmc`, which mixes better there; on 16,384 \
+exact draws, or draws of long chains where there are no exact ones |
 | `idem`, `fab` | the peers of {{py:mod}}`rsm_sampler.baselines`, with settings for as few \
 evaluations |
 
