@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 __all__ = [
     "Estimate",
@@ -93,8 +92,10 @@ def interquartile_mean(scores: Scores) -> float:
         >>> interquartile_mean({"a": [0.0, 1.0, 2.0, 99.0]})
         1.5
     """
-    runs = np.concatenate(list(_checked("scores", scores).values()))
-    return float(stats.trim_mean(runs, 0.25))
+    # scipy.stats, which has this too, takes a third of the time that rl takes to be imported.
+    runs = np.sort(np.concatenate(list(_checked("scores", scores).values())))
+    left_out = len(runs) // 4
+    return float(runs[left_out : len(runs) - left_out].mean())
 
 
 def performance_profile(
