@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,11 +199,16 @@ def _cost(agent: str, env: str, config: AgentConfig | dict[str, Any], updates: i
             pace = config["train_freq"]  # a number, or a pair with a unit
             every = updates * (pace if isinstance(pace, int) else pace[0])
             config = {**config, "learning_starts": every}
-        else:
-            every = config["n_steps"]
+        else:  # rollouts of some minibatches cost as much by step as those of many
+            every = min(config["n_steps"], 4 * config["batch_size"])
+            config = {**config, "n_steps": every}
         return _cost_of_runs(partial(train_foreign, agent, env, changes=config), every)
     kind = AGENTS[agent]
     if isinstance(config, DPPOConfig):
+        one_batch = config.num_envs * math.ceil(
+            config.batch_size / config.num_steps / config.num_envs
+        )
+        config = replace(config, rollout_steps=min(config.rollout_steps, one_batch))
         return _cost_of_runs(partial(train, agent, env, config=config), config.rollout_steps)
     environments = Environments(env, config.num_envs)
     sizes = (environments.observation_dim, environments.action_dim)

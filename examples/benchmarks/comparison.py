@@ -19,7 +19,9 @@ its figures.
 
 import argparse
 import os
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import torch
 from results import FOLDER, load, store
 
 import rl
-from rl.comparison import Comparison, Curve, write_report
+from rl.comparison import Comparison, Curve, read, write_report
 
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5", "Reacher-v5", "HalfCheetah-v5"]
 STEPS, EVERY = 50_000, 5000
@@ -77,6 +79,32 @@ def keep(found: Comparison) -> None:
                 if key not in before and curve.steps[-1] >= STEPS:
                     store("comparison", key, asdict(curve))
     store("comparison", "random", {**load("comparison").get("random", {}), **found.random})
+
+
+def say(line: str, runs: Path) -> None:
+    """Show a line of progress, which also comes whenever a run is finished, and store that."""
+    print(line, file=sys.stderr, flush=True)
+    if line.startswith("["):
+        keep(read(runs, total_steps=STEPS))
+
+
+def missing(
+    seed: int, envs: Sequence[str], agents: Sequence[str]
+) -> dict[tuple[str, ...], list[str]]:
+    """Agents that have not been trained with this seed, by the tasks that they lack."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    done = stored()
+    for agent in agents:
+        lacking = tuple(
+            env
+            for env in envs
+            if env in SOME.get(agent, TASKS)
+            and seed < AGENTS[agent][0]
+            and f"{agent} {env}/{seed}" not in done
+        )
+        if lacking:
+            found.setdefault(lacking, []).append(agent)
+    return found
 
 
 def report() -> None:
@@ -138,29 +166,20 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))  # as each run has
-    passes = [] if arguments.report_only else [arguments.seeds[:1], arguments.seeds[1:]]
-    for chosen in passes:
-        for agent in arguments.agents:
-            seeds, changes = AGENTS[agent]
-            envs = [env for env in arguments.envs if env in SOME.get(agent, TASKS)]
-            missing = [
-                (env, seed)
-                for env in envs
-                for seed in chosen
-                if seed < seeds and f"{agent} {env}/{seed}" not in stored()
-            ]
-            if missing:
-                found = rl.compare(
-                    [env for env in envs if env in {pair[0] for pair in missing}],
-                    [agent],
-                    total_steps=STEPS,
-                    out=arguments.runs,
-                    seeds=sorted({pair[1] for pair in missing}),
-                    jobs=arguments.jobs,
-                    eval_every=EVERY,
-                    **changes,
-                )
-                keep(found)
+    for seed in [] if arguments.report_only else arguments.seeds:
+        for envs, agents in missing(seed, arguments.envs, arguments.agents).items():
+            found = rl.compare(
+                envs,
+                agents,
+                total_steps=STEPS,
+                out=arguments.runs,
+                seeds=[seed],
+                jobs=arguments.jobs,
+                changes={agent: AGENTS[agent][1] for agent in agents},
+                say=lambda line: say(line, arguments.runs),
+                eval_every=EVERY,
+            )
+            keep(found)
     report()
 
 
