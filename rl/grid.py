@@ -5,6 +5,7 @@ grid that was killed goes on where it was, and then writes the report of :mod:`r
 Before it starts it says what it will cost, from a few updates that it counts and times.
 """
 
+import fcntl
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -260,8 +262,27 @@ def _tasks(pending: list[_Run], batched: bool | None, options: dict[str, Any]) -
     return [tuple(group) for group in groups.values()]
 
 
-def _train(task: _Task, total_steps: int, threads: int, options: dict[str, Any]) -> None:
-    """Some runs, or the rest of them, in a process of its own."""
+def _train(
+    task: _Task, total_steps: int, threads: int, options: dict[str, Any], caller: int | None = None
+) -> None:
+    """Some runs, or the rest of them, in a process of its own.
+
+    It ends at the next evaluation if the process that asked for it is gone. Where two grids want
+    the same run, the second waits for the first, and finds it done.
+    """
+    with ExitStack() as held:
+        for run in task:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(run.folder.with_name(f"{run.folder.name}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        left = tuple(run for run in task if steps_done(run.folder) < total_steps)
+        if left:
+            _train_locked(left, total_steps, threads, options, caller)
+
+
+def _train_locked(
+    task: _Task, total_steps: int, threads: int, options: dict[str, Any], caller: int | None
+) -> None:
     torch.set_num_threads(threads)
     cost = {run.seed: run.folder / "cost.json" for run in task}
     before = {
@@ -276,6 +297,8 @@ def _train(task: _Task, total_steps: int, threads: int, options: dict[str, Any])
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(path)
+        if caller is not None and not _alive(caller):
+            os._exit(1)  # checkpoints are whole at any time, and nobody waits for more
 
     first = task[0]
     shared = {"total_steps": total_steps, "progress": False, "callback": keep, **options}
@@ -292,6 +315,14 @@ def _train(task: _Task, total_steps: int, threads: int, options: dict[str, Any])
         agents = [train(first.agent, first.env, seed=first.seed, run_dir=first.folder, **shared)]
     if any(agent.interrupted for agent in agents):
         raise KeyboardInterrupt
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 _Outcome = tuple[_Task, str | None]
@@ -314,7 +345,7 @@ def _in_processes(
         # In a pool of its own: a pool with a process that was killed ends all others with it.
         given = total_steps, threads, options[task[0].agent]
         with ProcessPoolExecutor(1, context) as pool:
-            pool.submit(_train, task, *given).result()
+            pool.submit(_train, task, *given, os.getpid()).result()
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(alone, task): task for task in tasks}

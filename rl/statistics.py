@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "Estimate",
     "interquartile_mean",
+    "mean_of_tasks",
     "normalised",
     "performance_profile",
     "probability_of_improvement",
@@ -98,6 +99,23 @@ def interquartile_mean(scores: Scores) -> float:
     return float(runs[left_out : len(runs) - left_out].mean())
 
 
+def mean_of_tasks(scores: Scores) -> float:
+    """Mean over tasks of the mean of each one's runs.
+
+    Arguments:
+        scores: Runs of each task, normalised.
+
+    Note:
+        Of a few tasks the interquartile mean can leave one out altogether: a quarter of all runs
+        is one task in four, the hardest one if its scores are the lowest.
+
+    Example:
+        >>> mean_of_tasks({"a": [0.0, 1.0], "b": [2.0]})
+        1.25
+    """
+    return float(np.mean([runs.mean() for runs in _checked("scores", scores).values()]))
+
+
 def performance_profile(
     scores: Scores, thresholds: Float[np.ndarray, " k"]
 ) -> Float[np.ndarray, " k"]:
@@ -152,7 +170,7 @@ def stratified_bootstrap(
     Runs are drawn with replacement within each task and each agent.
 
     Arguments:
-        statistic: A function of one mapping or more, :func:`interquartile_mean` or
+        statistic: A function of one mapping or more, such as :func:`interquartile_mean` or
             :func:`probability_of_improvement`.
         *scores: What it is a function of.
         draws: Number of bootstrap samples.
@@ -165,7 +183,8 @@ def stratified_bootstrap(
     Note:
         With few runs a percentile interval is too short. Of the interquartile mean of normal
         scores, at 95 %, it covers the truth in 74 of 100 cases with three runs of one task, in 92
-        with five.
+        with five; the probability that one of two equal agents is better, in 81 with three runs
+        of each on one task, in 90 with five.
 
     Example:
         >>> str(stratified_bootstrap(interquartile_mean, {"a": [1.0, 1.0, 1.0]}))

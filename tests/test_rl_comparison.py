@@ -2,7 +2,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -59,7 +58,8 @@ def test_the_report_holds_the_numbers_of_the_runs(tmp_path):
     assert "| best of each seed | 6.50 ± 3.54 | 10.0 |" in text
     assert "x 0.0 and 10.0, y -50.0 and 50.0" in text
     # a: 0.2, 0.4, 1; b: 1, 1, 1. On x all pairs are lost, on y all are equal.
-    assert "| a | 0.53 [" in text and "| b | 1.00 [1.00, 1.00] | – |" in text
+    assert "| a | 0.65 [" in text and "] | 0.53 [" in text
+    assert "| b | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | – |" in text
     assert "] | 0.25 [0.25, 0.25] |" in text
     assert "| x | 0.30; 0.00 [0.00, 0.00] | **1.00** |" in text
     assert "| y | **1.00** | 1.00; 0.50 [0.50, 0.50] |" in text
@@ -74,8 +74,9 @@ def test_agents_with_fewer_tasks_do_not_hide_the_others_tasks(tmp_path):
     found.curves["c"] = {"x": {0: curve(0, 0, 5)}}
     text = write_report(found, tmp_path).read_text()
     both, one = text.split("Over 2 tasks")[1].split("Over 1 task")
-    assert "| a | 0.53 [" in both and "| c |" not in both
-    assert "| a | 0.30 [" in one and "| c | 0.50 [0.50, 0.50] | 0.00 [0.00, 0.00] |" in one
+    assert "| a | 0.65 [" in both and "| c |" not in both
+    alone = "0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.00 [0.00, 0.00]"
+    assert "| a | 0.30 [" in one and f"| c | {alone} |" in one
     assert "| x | 0.30; 0.00 [0.00, 0.00] | **1.00** | 0.50; 0.00 [0.00, 0.00] |" in text
     assert "| **1.00** | 1.00; 0.50 [0.50, 0.50] | – |" in text
 
@@ -190,7 +191,10 @@ def test_a_grid_runs_what_is_missing(tmp_path):
 
 
 def test_a_grid_that_was_killed_goes_on(tmp_path):
-    """Killed once a run has a checkpoint, then run again: the same curve as never killed."""
+    """Killed once a run has a checkpoint, then run again: the same curve as never killed.
+
+    The process that trains outlives it for a while, and the second grid waits for that to end.
+    """
     options = ["--set", *(f"{k}={v}" for k, v in SMALL.items() if not k.startswith("eval"))]
     command = [sys.executable, "-c", "from rl.cli import main; main()", "compare", "--agents"]
     command += [
@@ -212,9 +216,9 @@ def test_a_grid_that_was_killed_goes_on(tmp_path):
     deadline = time.monotonic() + 120
     while steps_done(folder) < 200 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
-    assert steps_done(folder) >= 200
+    assert 200 <= steps_done(folder) < 600
     grid = {"total_steps": 600, "seeds": 1, **QUIET, **SMALL}
     found = compare(["Pendulum-v1"], ["dpmd"], out=tmp_path / "killed", **grid)
     whole = compare(["Pendulum-v1"], ["dpmd"], out=tmp_path / "whole", **grid)

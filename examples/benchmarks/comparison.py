@@ -1,4 +1,4 @@
-"""All agents side by side at equal cost: one table, two cores, an update every fifth step.
+"""All agents side by side after equally many steps: one table, an update every fifth step.
 
     python examples/benchmarks/comparison.py --jobs 2      # hours; it goes on where it stopped
     python examples/benchmarks/comparison.py --envs Pendulum-v1 --agents sdac sac --jobs 2
@@ -7,10 +7,12 @@
 50,000 steps and an update every fifth, after 5,000 random steps that count, as in the paper but
 shorter: five environments at a time, SAC and TD3 of stable-baselines3 one. Networks of two layers
 of 128, and, for so few updates, faster critics than the paper's; SAC and TD3 have the same
-networks, learning rate and averaging. PPO and DPPO, which learn from rollouts, have their
-defaults, PPO observations that are standardised and rewards that are scaled, as DPPO has. Five
-seeds for SDAC, DPMD and SAC, three for the rest; QVPO, DIPO and DPPO on two tasks. Every
-evaluation is 20 episodes, every 5,000 steps.
+widths, rates of critics and averaging, but critics without normalised layers, which their library
+does not have, and they are evaluated by their mean action, ours by the best of ten. PPO and DPPO,
+which learn from rollouts, have their defaults, DPPO with the same widths, PPO observations that
+are standardised and rewards that are scaled, as DPPO has. Five seeds for SDAC, DPMD and SAC,
+three for the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20 episodes, every 5,000
+steps.
 
 Runs are in ``--runs``; the returns of finished ones at every evaluation go to
 docs/results/comparison.json, and are not made again, the report of all to docs/comparison.md with
@@ -22,6 +24,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from results import FOLDER, load, store
 
 import rl
 from rl.comparison import Comparison, Curve, read, write_report
+from rsm_sampler.checkpoint import CheckpointError
 
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5", "Reacher-v5", "HalfCheetah-v5"]
 STEPS, EVERY = 50_000, 5000
@@ -65,8 +69,13 @@ SOME = {name: ["Pendulum-v1", "HalfCheetah-v5"] for name in ("qvpo", "dipo", "dp
 
 
 def stored() -> dict[str, dict]:
-    """Finished runs by ``agent env/seed``."""
-    return {key: record for key, record in load("comparison").items() if key != "random"}
+    """Finished runs by ``agent env/seed``, with the present settings."""
+    found = {key: record for key, record in load("comparison").items() if key != "random"}
+    return {
+        key: record
+        for key, record in found.items()
+        if record["settings"] == AGENTS[key.split()[0]][1]
+    }
 
 
 def keep(found: Comparison) -> None:
@@ -77,7 +86,7 @@ def keep(found: Comparison) -> None:
             for seed, curve in runs.items():
                 key = f"{agent} {env}/{seed}"
                 if key not in before and curve.steps[-1] >= STEPS:
-                    store("comparison", key, asdict(curve))
+                    store("comparison", key, {**asdict(curve), "settings": AGENTS[agent][1]})
     store("comparison", "random", {**load("comparison").get("random", {}), **found.random})
 
 
@@ -85,6 +94,12 @@ def say(line: str, runs: Path) -> None:
     """Show a line of progress, which also comes whenever a run is finished, and store that."""
     print(line, file=sys.stderr, flush=True)
     if line.startswith("["):
+        keep_all(runs)
+
+
+def keep_all(runs: Path) -> None:
+    """Store what is finished in a folder of runs."""
+    with suppress(CheckpointError):  # nothing is there yet
         keep(read(runs, total_steps=STEPS))
 
 
@@ -113,7 +128,7 @@ def report() -> None:
     for key, record in stored().items():
         name, seed = key.split("/")
         agent, env = name.split()
-        curve = Curve(**{k: v for k, v in record.items() if k != "machine"})
+        curve = Curve(**{k: v for k, v in record.items() if k not in ("machine", "settings")})
         curves[agent].setdefault(env, {})[int(seed)] = curve
     random = {env: value for env, value in load("comparison")["random"].items() if env in TASKS}
     found = Comparison({agent: by for agent, by in curves.items() if by}, random, STEPS)
@@ -126,8 +141,17 @@ def report() -> None:
                 copy.write_bytes(drawn.read_bytes())
             text = text.replace(f"({name}.png)", f"(figures/comparison_{name}.png)")
     title, _, rest = text.partition("\n")
-    machines = [record["machine"] for record in stored().values()]
-    where = ", ".join(f"{name} {value}" for name, value in machines[-1].items())
+    machines = {
+        ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+        for record in stored().values()
+    }
+    lacking = [
+        f"{agent} on {env} with seed {seed}"
+        for seed in range(max(seeds for seeds, _ in AGENTS.values()))
+        for envs, agents in missing(seed, TASKS, list(AGENTS)).items()
+        for env in envs
+        for agent in agents
+    ]
     settings = "\n".join(
         f"* {name}: {seeds} seeds"
         + (f" on {', '.join(SOME[name])}" if name in SOME else "")
@@ -143,7 +167,8 @@ def report() -> None:
         "",
         said,
         "",
-        f"Here: {title.removeprefix('# ')}. Machine: {where}.",
+        f"Here: {title.removeprefix('# ')}. Machine: {' or '.join(sorted(machines))}.",
+        *(["", f"**Not there**: {', '.join(lacking)}."] if lacking else []),
         "",
         rest.strip("\n"),
         "",
@@ -166,21 +191,27 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))  # as each run has
+    failed = []
     for seed in [] if arguments.report_only else arguments.seeds:
         for envs, agents in missing(seed, arguments.envs, arguments.agents).items():
-            found = rl.compare(
-                envs,
-                agents,
-                total_steps=STEPS,
-                out=arguments.runs,
-                seeds=[seed],
-                jobs=arguments.jobs,
-                changes={agent: AGENTS[agent][1] for agent in agents},
-                say=lambda line: say(line, arguments.runs),
-                eval_every=EVERY,
-            )
-            keep(found)
+            try:
+                rl.compare(
+                    envs,
+                    agents,
+                    total_steps=STEPS,
+                    out=arguments.runs,
+                    seeds=[seed],
+                    jobs=arguments.jobs,
+                    changes={agent: AGENTS[agent][1] for agent in agents},
+                    say=lambda line: say(line, arguments.runs),
+                    eval_every=EVERY,
+                )
+            except RuntimeError as error:  # of some runs; the page says which are not there
+                failed.append(str(error))
+            keep_all(arguments.runs)
     report()
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":
