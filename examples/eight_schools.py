@@ -1,6 +1,6 @@
 """A NumPyro model, sampled from its log-density alone, and looked at with ArviZ.
 
-    pip install 'rsm-sampler[numpyro,arviz]'
+    pip install -c constraints.txt -e '.[numpyro,arviz]'
     python examples/eight_schools.py
 
 Eight schools gave extra coaching; each measured its effect with a known error (Rubin, 1981). How

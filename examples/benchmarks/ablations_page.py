@@ -35,7 +35,8 @@ posterior means given a noisy action, whatever that action's law. The replay's a
 law, which need no chain, lose nothing.""",
     "steps": """\
 One seed so far, of which no trend can be read: DPMD ends at 2939, 1597 and 2328 with T = 5, 10
-and 20, SDAC at 2334, 2618 and 2020. Five steps are not worse, and cost a quarter of twenty.""",
+and 20, SDAC at 2334, 2618 and 2020. Five steps are not worse; their chain costs a quarter of that
+of twenty, a run some two thirds.""",
     "start": """\
 One seed so far: from half of the noise learning is slower at first (724 instead of 2684 after
 15,000 steps) and nearly level at the end; less than what seeds differ by.""",
@@ -46,7 +47,7 @@ three seeds end at 1113 ± 638 instead of 2738 ± 303 (t = 4.0). SDAC, one seed 
 default for both.""",
     "target": """\
 One seed so far: slower at first (1809 instead of 2684 after 15,000 steps) and a little higher at
-the end, at more than four times the time of a run. A single draw stays the default.""",
+the end, at more than three times the time of a run. A single draw stays the default.""",
     "rates": """\
 One seed so far: at the usual rates DPMD ends at 1875 instead of 2939. They stay the default all
 the same, for the longer runs with fewer updates for each step that the default is for.""",

@@ -130,21 +130,22 @@ def ablations(agent: str) -> str:
     for key, record in kept.items():
         name, _, seed = key.rpartition("/")
         who, env, *changes = name.split()
-        if who == agent and changes:
-            cases[env, changes[0]][seed] = record
-    for (env, change), seeds in sorted(cases.items()):
+        if who in (agent, "sb3") and changes:
+            cases[who != agent, env, who, changes[0]][seed] = record
+    for (_, env, who, change), seeds in sorted(cases.items()):
         at = min(record["steps"] for record in seeds.values())
-        base = [kept.get(f"{agent} {env}/{seed}", {}).get("evaluations", []) for seed in seeds]
+        base = [kept.get(f"{who} {env}/{seed}", {}).get("evaluations", []) for seed in seeds]
         changed = [record["evaluations"] for record in seeds.values()]
         both = [
             [mean for curve in curves_ for step, mean in curve if step == at]
             for curves_ in (changed, base)
         ]
         texts = [spread(values) if values else "–" for values in both]
-        lines.append([env, f"`{change}`", ", ".join(sorted(seeds)), f"{at / 1000:g}k", *texts])
+        where = [env, NAMES[who], f"`{change}`", ", ".join(sorted(seeds)), f"{at / 1000:g}k"]
+        lines.append([*where, *texts])
     if not lines:
         return "None measured yet."
-    return table(["environment", "change", "seeds", "step", "with it", "without"], lines)
+    return table(["environment", "agent", "change", "seeds", "step", "with it", "without"], lines)
 
 
 def settings(agent: str, found: dict) -> str:
@@ -188,8 +189,8 @@ their aim.
 Thin lines are seeds, thick ones their means, as far as the shortest run goes: means of runs that
 stop at their aim end early. SAC is that of stable-baselines3 with its defaults (learning rates of
 3e-4, targets that follow by 0.005, returns of one step, networks of two layers of 256) and was not
-tuned for runs as short as these, as ours were (see Settings). What is not in the table has not
-been run.
+tuned for runs as short as these, as ours were (see Settings). What is neither in the table nor
+among the changes below has not been run.
 
 {table(head, rows(agent, found))}
 

@@ -17,7 +17,7 @@ samples score on average, the floor.
     python examples/paper/figure_5.py
 
 Writes ``out/figure_5.png`` and, with the energy evaluations and seconds of each training,
-``out/figure_5.json``; some ten minutes on two CPU cores. FAB needs ``zuko``, extra ``flows``.
+``out/figure_5.json``; five to ten minutes on a CPU core. FAB needs ``zuko``, extra ``flows``.
 """
 
 import argparse

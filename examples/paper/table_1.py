@@ -10,8 +10,9 @@ seed's best checkpoint. Here the tasks are v5, which differ in rewards and obser
 last checkpoint stands beside the best. The agents of stable-baselines3 have that library's
 defaults, SAC and TD3 with an update every fifth step.
 
-Runs that are there are not made again. Writes ``out/table_1/report.md`` with curves and intervals,
-and prints the table with the paper's numbers in brackets.
+Runs that are there are not made again. Writes ``out/table_1/report.md`` with curves and intervals
+(of Humanoid ``out/table_1/Humanoid/report.md``), and prints the table with the paper's numbers in
+brackets.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def trained(options: argparse.Namespace) -> dict[str, rl.Comparison]:
 def main() -> None:
     """Train, print."""
     options = parsed("Table 1 of the paper.", "table_1")
-    for comparison in trained(options).values():
+    found = trained(options)
+    for comparison in found.values():
         print(f"\n{comparison.total_steps:,} steps: last | best of each seed (paper's best)")
         for agent, by_env in comparison.curves.items():
             for env, runs in by_env.items():
@@ -100,7 +102,8 @@ def main() -> None:
                     f"{agent:6}{env:28}{last.mean():>10.1f}{best.mean():>10.1f}"
                     f"   ({paper}), {len(runs)} seed{'s' if len(runs) > 1 else ''}"
                 )
-    print(options.output / "report.md")
+    for part in found:
+        print(options.output / ("" if part == "others" else part) / "report.md")
 
 
 if __name__ == "__main__":
