@@ -1,6 +1,7 @@
 """How long an update takes, how long acting takes, and how much memory a run holds.
 
     python examples/benchmarks/update_speed.py              # this machine's CPU
+    python examples/benchmarks/update_speed.py --critics    # what normalised layers cost
     python examples/benchmarks/update_speed.py --gpu        # HalfCheetah-v5 on a GPU, end to end
     python examples/benchmarks/update_speed.py --gpu --dry-run   # the same path, briefly, on a CPU
 
@@ -125,6 +126,34 @@ def speed(rounds: int) -> dict:
     }
 
 
+def critics(rounds: int) -> dict:
+    """Default updates with critics' hidden layers normalised and without, in turn."""
+    replay = random_replay()
+    agents = {
+        (name, normalised): kind(
+            OBSERVATION, ACTION, config(critic_layer_norm=normalised), device="cpu"
+        )
+        for name, kind, config in (
+            ("dpmd", rl.DPMD, rl.DPMDConfig),
+            ("sdac", rl.SDAC, rl.SDACConfig),
+        )
+        for normalised in (True, False)
+    }
+    found: dict[tuple[str, bool], list[float]] = {key: [] for key in agents}
+    for i in range(rounds + 1):  # the first one warms up
+        for key, agent in agents.items():
+            value = timed(lambda agent=agent: agent.update(replay), 4)
+            if i:
+                found[key].append(value)
+    return {
+        name: {
+            "normalised_ms": statistics.median(found[name, True]),
+            "plain_ms": statistics.median(found[name, False]),
+        }
+        for name in ("dpmd", "sdac")
+    }
+
+
 def resident_megabytes() -> float:
     """Memory of this process that is in use."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -198,6 +227,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--critics", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="the GPU's path, on a CPU")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -209,6 +239,10 @@ def main() -> None:
         count = (5, 2) if arguments.dry_run else (2000, 200)
         result: dict = {"gpu": end_to_end(device, *count)}
         for name, row in result["gpu"].items():
+            print(name, {key: round(value, 1) for key, value in row.items()})
+    elif arguments.critics:
+        result = {"critics": critics(arguments.rounds)}
+        for name, row in result["critics"].items():
             print(name, {key: round(value, 1) for key, value in row.items()})
     else:
         result = {"cpu": speed(arguments.rounds), "memory": memory()}
