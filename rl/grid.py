@@ -5,13 +5,11 @@ grid that was killed goes on where it was, and then writes the report of :mod:`r
 Before it starts it says what it will cost, from a few updates that it counts and times.
 """
 
-import fcntl
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,6 +105,7 @@ def compare(
     Raises:
         ValueError: If an argument does not fit.
         ImportError: If Ray is asked for and not installed.
+        OSError: On Windows, whose processes can neither be locked nor measured the same way.
         RuntimeError: If runs failed; the others are kept, and so is the report on them.
 
     Note:
@@ -128,6 +127,8 @@ def compare(
         raise ValueError("eval_every must be at least 1, since a comparison needs returns, got 0")
     if reference is not None and set(reference) != set(envs):
         raise ValueError(f"reference must have {sorted(envs)}, got {sorted(reference)}")
+    if os.name == "nt":
+        raise OSError("rl.compare must run on Linux or macOS, got Windows")
     say = _to_standard_error if say is None else say
     out = Path(out).expanduser()
     runs = [
@@ -270,6 +271,8 @@ def _train(
     It ends at the next evaluation if the process that asked for it is gone. Where two grids want
     the same run, the second waits for the first, and finds it done.
     """
+    import fcntl
+
     with ExitStack() as held:
         for run in task:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -283,6 +286,8 @@ def _train(
 def _train_locked(
     task: _Task, total_steps: int, threads: int, options: dict[str, Any], caller: int | None
 ) -> None:
+    import resource
+
     torch.set_num_threads(threads)
     cost = {run.seed: run.folder / "cost.json" for run in task}
     before = {

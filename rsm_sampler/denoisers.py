@@ -15,6 +15,15 @@ agents the network may instead predict the noise from the paper's variable
 
 .. math:: D(x, \sigma) = x - \sigma\, F\Big(\frac{x}{\sqrt{1 + \sigma^2}}, \log\sigma\Big).
 
+A posterior mean lies in the convex hull of the clean points. Where these are known to lie within
+a radius R, the denoiser of a sampler is told, and what a network makes up beyond them is cut,
+
+.. math:: D \leftarrow D \min\Big(1, \frac{\max(R,\, a \|x\|)}{\|D\|}\Big), \qquad
+          a = \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2},
+
+so that no chain runs away: outside of R its points are drawn back at least as fast as for
+:math:`F = 0`.
+
 The same D gives, by Tweedie's formula,
 
 .. math:: \epsilon(x, \sigma) = \frac{x - D}{\sigma}, \qquad
@@ -56,9 +65,11 @@ class Denoiser(nn.Module):
             :mod:`rsm_sampler.networks`.
         sigma_data: Standard deviation of the clean data, per coordinate, in units of x.
         prediction: What the network's output means.
+        radius: Distance from the origin within which the clean points lie; infinite if it is not
+            known, and while a network is trained.
 
     Raises:
-        ValueError: If sigma_data is not positive, or the prediction is unknown.
+        ValueError: If sigma_data or the radius is not positive, or the prediction is unknown.
 
     References:
         | Elucidating the design space of diffusion-based generative models
@@ -76,10 +87,12 @@ class Denoiser(nn.Module):
         network: nn.Module | Callable[..., Tensor],
         sigma_data: float = 1.0,
         prediction: Prediction = "preconditioned",
+        radius: float = math.inf,
     ) -> None:
         super().__init__()
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        for name, value in (("sigma_data", sigma_data), ("radius", radius)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if prediction not in get_args(Prediction):
             raise ValueError(
                 f"prediction must be one of {get_args(Prediction)}, got {prediction!r}"
@@ -87,6 +100,7 @@ class Denoiser(nn.Module):
         self.network = network
         self.sigma_data = sigma_data
         self.prediction = prediction
+        self.radius = radius
 
     @classmethod
     def build(
@@ -153,7 +167,13 @@ class Denoiser(nn.Module):
             if context is None
             else self.network(scaled, log_sigma, context)
         )
-        return torch.addcmul(keep * x_t, gain, output)
+        denoised = torch.addcmul(keep * x_t, gain, output)
+        if math.isinf(self.radius):
+            return denoised
+        length = torch.linalg.vector_norm(x_t, dim=-1, keepdim=True)
+        most = (keep * length).clamp(min=self.radius)
+        length = torch.linalg.vector_norm(denoised, dim=-1, keepdim=True)
+        return denoised * (most / torch.maximum(length, most))
 
     def noise(
         self,

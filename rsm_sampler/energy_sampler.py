@@ -7,6 +7,7 @@ asks for it.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ ContextLike = (
     Float[Tensor, " context_dim"] | Float[Tensor, "n context_dim"] | Sequence[float] | None
 )
 Method = Literal["heun", "ddim", "ancestral", "multistep", "langevin"]
-_KIND, _VERSION = "sampler", 3
+_KIND, _VERSION, _LEAST = "sampler", 4, 3
 _CHUNK = 4096  # draws worked on at a time: bounds the memory and suits the cache
 _SAMPLERS: dict[str, type[Sampler]] = {
     "heun": Heun,
@@ -421,6 +422,7 @@ class EnergySampler:
         return {
             "architecture": self.architecture,
             "network": dict(self.denoiser.state_dict()),
+            "radius": self.denoiser.radius,
             "affine": self.affine.state_dict(),
             "coordinates": self.coordinates.state_dict(),
             "sigma": [self.schedule.sigma_min, self.schedule.sigma_max],
@@ -450,7 +452,7 @@ class EnergySampler:
             CheckpointError: If the file is missing, corrupt, no sampler, or of an older version
                 of the library, whose networks computed something else.
         """
-        state = checkpoint.load(path, kind=_KIND, version=_VERSION, least=_VERSION)
+        state = checkpoint.load(path, kind=_KIND, version=_VERSION, least=_LEAST)
         return cls.from_state(state, energy=energy, device=device)
 
     @classmethod
@@ -464,6 +466,7 @@ class EnergySampler:
         """The sampler of :meth:`state`."""
         denoiser = Denoiser.build(state["architecture"], torch.Generator())
         denoiser.load_state_dict(state["network"])
+        denoiser.radius = state.get("radius", math.inf)  # version 3 had none
         coordinates = coordinates_of(state["coordinates"])
         dim, context_dim = coordinates.dim, state["architecture"].get("context_dim")
         return cls(

@@ -41,6 +41,7 @@ Report = Callable[[str], None]
 _POINTS = 16_384  # of equal weight, in a renewed bank
 _LEAST_EFFECTIVE = 3000  # draws that may renew a bank
 _LEAST_HELPED = 512  # points with gradients
+_HARDLY_DRAWN = 1e-3  # weight of a point, in equal shares
 _NEARLY_NORMAL = 8.0  # times an inverse stiffness: squared noise up to which posteriors are so
 _RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
 _FINE, _PROBE = 1e-3, 1e-2  # of the broad law's widths, for differences on the way down
@@ -79,6 +80,8 @@ class Supply:
         bank: The bank; None before there is one.
         affine: From z to unbounded coordinates.
         context: Contexts of the bank's rows, or None.
+        radius: Distance from the origin, in z, of the farthest point that batches have; infinite
+            with contexts, of which each has its own points, and for particles.
         jacobian_below: Noise up to which targets of particles have the Jacobian in them; 0 for
             others, to whom it gave nothing, and without gradients.
     """
@@ -98,6 +101,7 @@ class Supply:
         self.bank: Bank | None = None
         self.affine = Affine.identity(coordinates.reduced)
         self.context: Tensor | None = None
+        self.radius = math.inf
         self.jacobian_below = 0.0
 
     @property
@@ -210,6 +214,9 @@ class Supply:
         log_weight = bank.log_weight - torch.logsumexp(bank.log_weight, -1, keepdim=True)
         self._cumulative = cumulative_weight(self._points, log_weight.reshape(-1))
         self.context = None if bank.context is None else bank.context.float()
+        if self.context is None and not isinstance(self.coordinates, MeanFree):
+            drawn = log_weight.reshape(-1) >= math.log(_HARDLY_DRAWN / len(self._points))
+            self.radius = float(self._points[drawn].norm(dim=-1).max())
         self._gradient: Tensor | None = None
         self.jacobian_below = 0.0
         if bank.gradient is None:

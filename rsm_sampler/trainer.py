@@ -478,9 +478,11 @@ class EnergyDiffusionTrainer:
 
     def sampler(self) -> EnergySampler:
         """A sampler of the weights so far; later training does not change it."""
-        bank = self.bank
+        bank, denoiser = self.bank, copy.deepcopy(self.average)
+        if self.loss == "mirror-descent":  # whose clean points are the bank's
+            denoiser.radius = self.supply.radius
         return EnergySampler(
-            copy.deepcopy(self.average),
+            denoiser,
             self.affine,
             self.coordinates,
             EDM(self.config.sigma_min, self.config.sigma_max),

@@ -10,7 +10,13 @@ import torch
 from scipy import stats
 
 from energies import ConditionalMixture, GaussianMixture
-from rsm_sampler import CheckpointError, EnergyDiffusionTrainer, EnergySampler, TrainerConfig
+from rsm_sampler import (
+    CheckpointError,
+    EnergyDiffusionTrainer,
+    EnergySampler,
+    TrainerConfig,
+    checkpoint,
+)
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.networks import MLP
@@ -356,6 +362,20 @@ def test_a_saved_sampler_comes_back_bit_for_bit(tmp_path, context_dim):
     assert again.search["method"] == "bank"
     assert again.energy is None
     assert again.seed == sampler.seed
+
+
+def test_files_keep_the_radius_and_older_ones_have_none(tmp_path):
+    sampler = untrained()
+    sampler.denoiser.radius = 0.75
+    sampler.save(tmp_path / "sampler.pt")
+    assert EnergySampler.load(tmp_path / "sampler.pt").denoiser.radius == 0.75
+    state = sampler.state()
+    del state["radius"]
+    checkpoint.save(tmp_path / "older.pt", state, kind="sampler", version=3)
+    assert EnergySampler.load(tmp_path / "older.pt").denoiser.radius == math.inf
+    checkpoint.save(tmp_path / "too_old.pt", state, kind="sampler", version=2)
+    with pytest.raises(CheckpointError, match=r"version 2.* from version 3 on"):
+        EnergySampler.load(tmp_path / "too_old.pt")
 
 
 def test_a_loaded_sampler_takes_an_energy(tmp_path):

@@ -43,6 +43,17 @@ def test_a_room_loads_once_under_one_name(room):
     assert run(code, ROOT).stderr == ""
 
 
+def test_agents_import_without_what_windows_lacks():
+    code = (
+        "import sys\n"
+        "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "import rl, rl.cli\n"
+        "print(callable(rl.compare))"
+    )
+    result = run(code, ROOT)
+    assert (result.stdout.strip(), result.stderr) == ("True", "")
+
+
 def test_unknown_attributes_are_attribute_errors():
     with pytest.raises(AttributeError, match="module 'rsm_sampler' has no attribute 'kitchen'"):
         _ = rsm_sampler.kitchen

@@ -1,5 +1,6 @@
 """The trainer: end to end in small, to the bit where that is promised, and its error messages."""
 
+import dataclasses
 import math
 import traceback
 
@@ -586,6 +587,7 @@ def test_contexts_train_one_amortised_sampler():
         error = abs(float(x.mean()) - float(law.mean))
         assert error <= 5 * float(law.covariance.sqrt()) / math.sqrt(5000) + 0.4
     assert sampler.history[0]["ess"] > 0.3
+    assert sampler.denoiser.radius == math.inf
 
 
 def test_a_conditional_run_resumes_to_the_same_bits(tmp_path):
@@ -634,6 +636,26 @@ def test_training_on_samples_searches_nothing():
     x = fit(bounded).sample(100)
     assert (x >= 0).all()
     assert (x <= 2).all()
+
+
+def test_a_sampler_knows_how_far_out_its_training_saw_points():
+    """The farthest of the data; of weighted points without those that are hardly ever drawn."""
+    target = two_modes()
+    samples = target.sample((500,), generator=torch.Generator().manual_seed(0))
+    trainer = EnergyDiffusionTrainer(target, 2, samples=samples, config=tiny(max_cycles=1))
+    sampler = fit(trainer)
+    farthest = sampler.affine.inverse(samples.double()).norm(dim=-1).max()
+    assert sampler.denoiser.radius == pytest.approx(float(farthest), rel=1e-6)
+    assert trainer.denoiser.radius == trainer.average.radius == math.inf
+    points = torch.tensor([[[3.0], [-1.0], [0.0], [9.0]]], dtype=torch.float64)
+    log_weight = torch.tensor([[0.0, 0.0, -2.0, -20.0]], dtype=torch.float64)
+    bank = dataclasses.replace(
+        Bank.of_samples(points[0]), log_weight=log_weight, loc=torch.zeros(1).double(),
+        scale_tril=2 * torch.eye(1).double(),
+    )  # fmt: skip
+    trainer = EnergyDiffusionTrainer(normal, 1, config=tiny())
+    trainer.supply.adopt(bank)
+    assert trainer.sampler().denoiser.radius == 1.5
 
 
 def test_reverse_sampling_counts_k_evaluations_and_one_network_call_per_point(monkeypatch):
@@ -851,6 +873,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     )
     trainer = EnergyDiffusionTrainer(trio, 6, particles=(3, 2), config=config, seed=3)
     sampler = trainer.fit(progress=False)
+    assert sampler.denoiser.radius == math.inf
     assert sampler.dim == 6
     x = sampler.sample(2000)
     points = x.unflatten(-1, (3, 2))
