@@ -192,8 +192,5 @@ def render(results: dict[str, Record]) -> str:
             "A sampler deserves trust here if the Kolmogorov-Smirnov distance of its energies, "
             "and of every coordinate, to exact samples is at most 0.05 (20,000 draws).\n",
             _table(["target", *HARD_COLUMNS], hard),
-            "Of the mixture in 100 dimensions one draw in some hundred runs away, and most of "
-            "those with path weights: a little beyond the radius of its data the network gives "
-            "points farther out still. That is a defect, which the verdict sees.\n",
         ]
     return "\n".join(parts)
