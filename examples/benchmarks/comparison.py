@@ -147,13 +147,12 @@ def report() -> None:
         ", ".join(f"{name} {value}" for name, value in record["machine"].items())
         for record in stored().values()
     }
-    lacking = [
-        f"{agent} on {env} with seed {seed}"
-        for seed in range(max(seeds for seeds, _ in AGENTS.values()))
-        for envs, agents in missing(seed, TASKS, list(AGENTS)).items()
-        for env in envs
-        for agent in agents
-    ]
+    lacking: dict[str, list[int]] = {}
+    for seed in range(max(seeds for seeds, _ in AGENTS.values())):
+        for envs, agents in missing(seed, TASKS, list(AGENTS)).items():
+            for run in (f"{agent} on {env}" for env in envs for agent in agents):
+                lacking.setdefault(run, []).append(seed)
+    gaps = [f"{run} (seeds {', '.join(map(str, seeds))})" for run, seeds in lacking.items()]
     settings = "\n".join(
         f"* {name}: {seeds} seeds"
         + (f" on {', '.join(SOME[name])}" if name in SOME else "")
@@ -170,7 +169,7 @@ def report() -> None:
         said,
         "",
         f"Here: {title.removeprefix('# ')}. Machine: {' or '.join(sorted(machines))}.",
-        *(["", f"**Not there**: {', '.join(lacking)}."] if lacking else []),
+        *(["", f"**Not run yet**: {'; '.join(gaps)}."] if gaps else []),
         "",
         rest.strip("\n"),
         "",
