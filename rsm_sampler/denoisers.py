@@ -21,8 +21,8 @@ a radius R, the denoiser of a sampler is told, and what a network makes up beyon
 .. math:: D \leftarrow D \min\Big(1, \frac{\max(R,\, a \|x\|)}{\|D\|}\Big), \qquad
           a = \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2},
 
-so that no chain runs away: outside of R its points are drawn back at least as fast as for
-:math:`F = 0`.
+so that no chain runs away: every point outside of R is drawn back. (With noise prediction a = 1:
+none is moved farther out.)
 
 The same D gives, by Tweedie's formula,
 
