@@ -21,6 +21,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,10 @@ from rl.statistics import (
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import JSONLinesLogger
 from rsm_sampler.plotting import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 __all__ = ["Comparison", "Curve", "read", "steps_done", "write_report"]
 
@@ -325,8 +330,9 @@ def _best_means(found: Comparison) -> dict[str, float]:
 
 def _draw_curves(found: Comparison, path: Path) -> None:
     envs = found.envs
-    columns = min(len(envs), 3)
-    _, axes = new_figure(math.ceil(len(envs) / columns), columns)
+    columns = 2 if len(envs) == 4 else min(len(envs), 3)
+    figure, axes = new_figure(math.ceil(len(envs) / columns), columns)
+    means: dict[str, Line2D] = {}
     for ax, env in zip(axes, envs, strict=False):
         for i, (agent, by_env) in enumerate(found.curves.items()):
             runs = list(by_env.get(env, {}).values())
@@ -335,35 +341,50 @@ def _draw_curves(found: Comparison, path: Path) -> None:
             if runs:
                 shared = min((run.steps for run in runs), key=len)
                 mean = np.mean([run.returns[: len(shared)] for run in runs], axis=0)
-                label = f"{agent}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
-                ax.plot(np.array(shared) / 1000, mean, color=f"C{i}", lw=2, label=label)
+                (means[agent],) = ax.plot(np.array(shared) / 1000, mean, color=f"C{i}", lw=2)
         ax.axhline(found.random[env], color="0.6", lw=0.8, ls=":")
         ax.set_title(env, fontsize=9)
         ax.set_xlabel("1000 environment steps")
-        ax.legend(fontsize=6)
     for ax in axes[len(envs) :]:
         ax.set_visible(False)
     axes[0].set_ylabel("return (dotted: random actions)")
-    save_figure(ax, path)
+    _one_legend(figure, [(means[agent], _seeds(agent, found)) for agent in found.curves])
+    save_figure(axes[0], path)
 
 
 def _draw_profiles(
     found: Comparison, groups: Sequence[dict[str, dict[str, NDArray[np.float64]]]], path: Path
 ) -> None:
     color = {agent: f"C{i}" for i, agent in enumerate(found.curves)}
-    _, axes = new_figure(1, len(groups))
+    figure, axes = new_figure(1, len(groups))
+    drawn: dict[str, Line2D] = {}
     for ax, units in zip(axes, groups, strict=True):
         top = max(float(runs.max()) for by_env in units.values() for runs in by_env.values())
         thresholds = np.linspace(0, max(1.0, top) * 1.05, 200)
         for agent, runs in units.items():
             share = performance_profile(runs, thresholds)
-            ax.plot(thresholds, share, color=color[agent], label=agent)
-        envs = next(iter(units.values()))
-        ax.set_title(", ".join(envs), fontsize=9)
+            (drawn[agent],) = ax.plot(thresholds, share, color=color[agent])
+        # Without their versions, a line each: long names would leave the figure.
+        envs = [env.rsplit("-v", 1)[0] for env in next(iter(units.values()))]
+        ax.set_title("\n".join(envs), fontsize=9)
         ax.set_xlabel("normalised return")
-        ax.legend(fontsize=7)
     axes[0].set_ylabel("share of runs above it")
+    _one_legend(figure, [(line, agent) for agent, line in drawn.items()])
     save_figure(axes[0], path)
+
+
+def _one_legend(figure: "Figure", lines: Sequence[tuple["Line2D", str]]) -> None:
+    """Beside all panels, where it hides no curve."""
+    figure.set_figwidth(figure.get_figwidth() + 1.2)
+    figure.legend(*zip(*lines, strict=True), loc="outside right upper", fontsize=8)
+
+
+def _seeds(agent: str, found: Comparison) -> str:
+    """Name and number of seeds, or its range where tasks differ."""
+    numbers = {len(runs) for runs in found.curves[agent].values()}
+    few, many = min(numbers), max(numbers)
+    span = str(few) if few == many else f"{few} to {many}"
+    return f"{agent}, {span} seed{'s' if many > 1 else ''}"
 
 
 # ---------------------------------------------------------------------- reading
