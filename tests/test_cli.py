@@ -127,7 +127,7 @@ def test_a_training_that_diverges_has_status_2(folder, capsys):
 def test_a_log_goes_on_where_the_checkpoint_is(folder):
     """And begins anew without one."""
     options = ["mine:energy", "--dim", 2, "--output", "s.pt", "--log", "log.jsonl", *TINY]
-    options += ["--config.steps-per-cycle", "300", "--config.max-cycles", "2"]
+    options += ["--config.steps-per-cycle", "120", "--config.max-cycles", "2"]
     assert run("fit", *options, "--checkpoint", "c.pt") == 0
     whole = (folder / "log.jsonl").read_text()
     with (folder / "log.jsonl").open("a") as file:  # of steps that a crash took away

@@ -18,6 +18,7 @@ SMALL = {
     "warmup_steps": 100,
     "width": 16,
     "depth": 1,
+    "num_steps": 5,
     "batch_size": 16,
     "replay_size": 1000,
     "policy_states": 8,

@@ -11,7 +11,7 @@ from rl.lockstep import Lockstep
 from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.loggers import MemoryLogger
 from tests.test_rl_training import QUICK, acting, parameters
-from tests.toy_envs import Counter
+from tests.toy_envs import SHORT, Counter
 
 SMALL = {"width": 16, "depth": 2, "batch_size": 32, "policy_states": 8, "num_steps": 5}
 PUBLISHED = {"warmup_steps": 0, "policy_states": 8, "kappa_period": 5}
@@ -175,7 +175,7 @@ def test_agents_that_cannot_be_stacked_are_refused():
 # ---------------------------------------------------------------------- whole runs
 
 
-def several(agent="dpmd", env="Pendulum-v1", **options):
+def several(agent="dpmd", env=SHORT, **options):
     return rl.train_seeds(
         agent,
         env,
@@ -196,7 +196,7 @@ def test_several_seeds_are_the_runs_of_each(agent, batched, tmp_path):
         own = MemoryLogger()
         alone = rl.train(
             agent,
-            "Pendulum-v1",
+            SHORT,
             seed=seed,
             logger=own,
             **{**QUICK, "policy_states": 8, **options},
@@ -219,17 +219,17 @@ def test_interrupted_seeds_go_on_together_or_alone(batched, tmp_path):
         pass
 
     def stop(progress):
-        if progress.step == 100 and progress.agent.seed == 2:
+        if progress.step == 80 and progress.agent.seed == 2:
             raise Stop
 
-    options = {"total_steps": 200, "eval_every": 50, "batched": batched}
+    options = {"total_steps": 160, "eval_every": 40, "batched": batched}
     whole = several(run_dir=tmp_path / "whole", **options)
     with pytest.raises(Stop):
         several(run_dir=tmp_path / "parts", callback=stop, **options)
     alone = rl.resume(tmp_path / "parts" / "seed-5", progress=False)
     found = several(run_dir=tmp_path / "parts", **options)
     for mine, theirs in zip(found, whole, strict=True):
-        assert mine.updates == theirs.updates == 80
+        assert mine.updates == theirs.updates == 60
         tolerance = {"rtol": 0, "atol": 1e-3 if batched else 0}
         torch.testing.assert_close(acting(mine), acting(theirs), **tolerance)
     assert torch.equal(acting(found[0]), acting(alone))
@@ -277,6 +277,6 @@ def test_bad_arguments_of_several_seeds_are_named():
         with pytest.raises(ValueError, match=message):
             several(**options)
     with pytest.raises(ValueError, match=r"batched must be False or None for the agent .dppo."):
-        rl.train_seeds("dppo", "Pendulum-v1", seeds=2, total_steps=9, batched=True)
+        rl.train_seeds("dppo", SHORT, seeds=2, total_steps=9, batched=True)
     with pytest.raises(ValueError, match=r"seeds must go to rl.train_seeds, got 5"):
-        rl.train_sdac("Pendulum-v1", total_steps=9, seeds=5)
+        rl.train_sdac(SHORT, total_steps=9, seeds=5)

@@ -19,7 +19,7 @@ from rl.run import Run
 from rsm_sampler import DivergedError, checkpoint
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import JSONLinesLogger, MemoryLogger
-from tests.toy_envs import Counter, Wells
+from tests.toy_envs import SHORT, Counter, Wells
 
 QUICK = {
     "num_envs": 2,
@@ -63,24 +63,24 @@ OFFICIAL = {"config": "official", "kappa_period": 10, "normalise_observations": 
 @pytest.mark.parametrize(
     ("agent", "env", "changes"),
     [
-        *itertools.product(["sdac", "dpmd"], ["Pendulum-v1", "InvertedPendulum-v5"], [{}]),
-        *itertools.product(["qsm", "dipo", "dacer", "qvpo"], ["Pendulum-v1"], [{}]),
-        ("qsm", "Pendulum-v1", {"config": "icml2025", "warmup_steps": 40}),
-        ("dipo", "Pendulum-v1", {"config": "official", "gradient_clip": 1.0}),
-        ("dacer", "Pendulum-v1", {"config": "official", "normalise_observations": True}),
-        ("qvpo", "Pendulum-v1", {"target_from_average": True, "uniform_share_updates": 50}),
-        ("sdac", "Pendulum-v1", {**OFFICIAL, "policy_lr_hold": 5, "policy_lr_decay": 10}),
-        ("dpmd", "Pendulum-v1", OFFICIAL),
-        ("dpmd", "Pendulum-v1", {"old_policy_period": 7, "critic_layer_norm": True}),
-        ("sdac", "Pendulum-v1", {"anchor_share": 0.5, "proposal": "next", "chain": "multistep"}),
-        ("sdac", "Pendulum-v1", {"persistence": 0.8, "num_envs": 2, "updates_per_step": 0.5}),
-        ("dppo", "Pendulum-v1", {"rollout_steps": 64, "num_envs": 2}),
-        ("dpmd", "Pendulum-v1", {"n_step": 7, "num_envs": 3, "updates_per_step": 1.0}),
+        *itertools.product(["sdac", "dpmd"], [SHORT, "InvertedPendulum-v5"], [{}]),
+        *itertools.product(["qsm", "dipo", "dacer", "qvpo"], [SHORT], [{}]),
+        ("qsm", SHORT, {"config": "icml2025", "warmup_steps": 40}),
+        ("dipo", SHORT, {"config": "official", "gradient_clip": 1.0}),
+        ("dacer", SHORT, {"config": "official", "normalise_observations": True}),
+        ("qvpo", SHORT, {"target_from_average": True, "uniform_share_updates": 50}),
+        ("sdac", SHORT, {**OFFICIAL, "policy_lr_hold": 5, "policy_lr_decay": 10}),
+        ("dpmd", SHORT, OFFICIAL),
+        ("dpmd", SHORT, {"old_policy_period": 7, "critic_layer_norm": True}),
+        ("sdac", SHORT, {"anchor_share": 0.5, "proposal": "next", "chain": "multistep"}),
+        ("sdac", SHORT, {"persistence": 0.8, "num_envs": 2, "updates_per_step": 0.5}),
+        ("dppo", SHORT, {"rollout_steps": 64, "num_envs": 2}),
+        ("dpmd", SHORT, {"n_step": 7, "num_envs": 3, "updates_per_step": 1.0}),
     ],
 )
 def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, tmp_path):
     """Bit for bit: networks, optimisers, replay, environments, logs; but for the time it took."""
-    options = {"total_steps": 300, "eval_every": 100, "log_every": 50, **changes}
+    options = {"total_steps": 180, "eval_every": 60, "log_every": 30, **changes}
     whole = quick(agent, env, run_dir=tmp_path / "whole", **options)
 
     class Stop(Exception):
@@ -91,9 +91,9 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, t
             raise Stop
 
     folder = tmp_path / "parts"
-    for limit in (100, 200):
+    for limit in (60, 120):
         with pytest.raises(Stop):
-            if limit == 100:
+            if limit == 60:
                 quick(agent, env, run_dir=folder, callback=stop_at, **options)
             else:
                 rl.resume(folder, callback=stop_at, progress=False)

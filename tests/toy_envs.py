@@ -6,6 +6,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 
+# A real environment with short episodes, so that evaluations are quick.
+SHORT = "ShortPendulum-v1"
+gym.register(SHORT, entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=40)
+
 
 class Counter(gym.Env):
     """Counts its steps; ends by termination or by time limit after a given number.
