@@ -2,6 +2,7 @@
 
     python examples/benchmarks/comparison_variants.py --jobs 2     # all that is not run yet
     python examples/benchmarks/comparison_variants.py --envs Reacher-v5 --agents sdac
+    python examples/benchmarks/comparison_variants.py --choices runs/comparison
     python examples/benchmarks/comparison_variants.py --report-only
 
 Runs of :mod:`comparison`, but with the seed 100, which is not in its table, so that nothing that
@@ -11,6 +12,7 @@ docs/results/comparison_variants.json, the page is docs/comparison_variants.md.
 
 import argparse
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,71 @@ from typing import Any
 import torch
 from comparison import AGENTS, EVERY, SHARED, STEPS, TASKS
 from results import FOLDER, load, store
+from torch import Tensor
 
 import rl
-from rl.comparison import read
+from rl.comparison import read, steps_done
 from rsm_sampler.checkpoint import CheckpointError
 
 NAME, BASE, SEED = "comparison_variants", "base", 100
 SETTINGS = {**SHARED, "sac": AGENTS["sac"][1]}
+# The policy's rate falls, as in the published code, over most of the 4,500 steps that it makes.
+FALLING = {"policy_lr_final": 3e-5, "policy_lr_hold": 1000, "policy_lr_decay": 3500}
 VARIANTS: dict[str, dict[str, Any]] = {
     BASE: {},
     "faster policy": {"policy_lr": 1e-3},
     "critics not normalised": {"critic_layer_norm": False},
     "faster policy, critics not normalised": {"policy_lr": 1e-3, "critic_layer_norm": False},
-    "slower critics": {"critic_lr": 3e-4},
-    "policy at every update": {"policy_period": 1},
+    "falling": FALLING,
+    "faster policy, falling": {"policy_lr": 1e-3, **FALLING},
+    "faster policy, falling, critics not normalised": {
+        "policy_lr": 1e-3,
+        **FALLING,
+        "critic_layer_norm": False,
+    },
 }
+
+DRAWS = 64  # of the same chain, from fixed starts, of which a choice makes one action
+CHOICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "best of 10": lambda q: best(q[:, :10], q.shape[1]),  # what the table has
+    "best of 64": lambda q: best(q, q.shape[1]),
+    "mean of 64": lambda q: torch.full_like(q, 1 / q.shape[1]),
+    "mean of the best 16 of 64": lambda q: (q >= q.topk(16).values[:, -1:]) / 16,
+    "weights exp(Q / 0.1 s)": lambda q: (q / (0.1 * q.std(1, keepdim=True) + 1e-9)).softmax(1),
+    "weights exp(Q / s)": lambda q: (q / (q.std(1, keepdim=True) + 1e-9)).softmax(1),
+}
+
+
+def best(q: Tensor, n: int) -> Tensor:
+    """Weight 1 for the first of n draws that has the highest value, else 0."""
+    return torch.nn.functional.one_hot(q.argmax(1), n).to(q.dtype)
+
+
+def choosing(agent: Any, weigh: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Actions that are weighted means of fixed draws, weighted by their values."""
+    starts = torch.randn(DRAWS, agent.action_dim, generator=torch.Generator().manual_seed(0))
+    starts[: len(agent._starts)] = agent._starts
+
+    @torch.no_grad()
+    def exploit(observation: Tensor) -> Tensor:
+        draws = agent.policy.flow(observation, starts)
+        weights = weigh(agent.critic.minimum(observation.unsqueeze(1), draws))
+        return (weights.unsqueeze(-1) * draws).sum(1)
+
+    return exploit
+
+
+def evaluate_choices(runs: Path, env: str, name: str) -> None:
+    """Returns of the table's agents, last of their runs, by each choice among draws."""
+    for folder in sorted((runs / "runs").glob(f"{name}-{env}-*/")):
+        if steps_done(folder) < STEPS:
+            continue
+        agent: Any = rl.load(folder / "last.pt")
+        returns = {}
+        for label, weigh in CHOICES.items():
+            agent.exploit = choosing(agent, weigh)
+            returns[label] = rl.evaluate(agent, env).mean
+        store(NAME, f"choices: {folder.name}", {"returns": returns})
 
 
 def keep(folder: Path, variant: str) -> None:
@@ -49,6 +101,8 @@ def keep(folder: Path, variant: str) -> None:
 
 def report() -> None:
     """The page: a table for each task."""
+    found = load(NAME)
+    trained = {key: record for key, record in found.items() if not key.startswith("choices")}
     order = [f"{agent} {variant}" for agent in SETTINGS for variant in VARIANTS]
     lines = [
         "# What was tried where SDAC and DPMD are behind",
@@ -63,7 +117,7 @@ def report() -> None:
     ]
     for env in TASKS:
         rows = {}
-        for key, record in load(NAME).items():
+        for key, record in trained.items():
             agent, task, variant = key.split(" ", 2)
             if task == env:
                 rows[f"{agent} {variant}"] = record["returns"]
@@ -73,10 +127,34 @@ def report() -> None:
         for key in sorted(rows, key=order.index):
             agent, variant = key.split(" ", 1)
             last, mean = rows[key][-1], sum(rows[key][-5:]) / 5
-            digits = 0 if abs(last) >= 1000 else 1 if abs(last) >= 100 else 2
             change = _settings(VARIANTS[variant]) or "–"
-            lines.append(f"| {agent} | {change} | {last:.{digits}f} | {mean:.{digits}f} |")
+            lines.append(f"| {agent} | {change} | {_number(last)} | {_number(mean)} |")
+    chosen: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for key, record in found.items():
+        if key.startswith("choices"):
+            agent, env = key.removeprefix("choices: ").split("-", 1)
+            chosen.setdefault((agent, env.rsplit("-", 1)[0]), []).append(record["returns"])
+    if chosen:
+        lines += [
+            "",
+            "## Other choices among draws",
+            "",
+            "The table's own agents as they ended, evaluated by another choice among their draws: "
+            "means over seeds of 20 episodes. s is the standard deviation of Q over a state's "
+            "draws.",
+            "",
+            "| agent | task | seeds | " + " | ".join(CHOICES) + " |",
+            "|---" * (3 + len(CHOICES)) + "|",
+        ]
+    for (agent, env), runs in chosen.items():
+        means = [sum(run[label] for run in runs) / len(runs) for label in CHOICES]
+        cells = " | ".join(_number(mean) for mean in means)
+        lines.append(f"| {agent} | {env} | {len(runs)} | {cells} |")
     (FOLDER.parent / f"{NAME}.md").write_text("\n".join(lines) + "\n")
+
+
+def _number(value: float) -> str:
+    return f"{value:.{0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2}f}"
 
 
 def _settings(changes: dict[str, Any]) -> str:
@@ -91,10 +169,16 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison_variants"))
+    parser.add_argument("--choices", type=Path, help="folder of the table's runs")
     parser.add_argument("--report-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))  # as each run has
-    for env in [] if arguments.report_only else arguments.envs:
+    if arguments.choices is not None:
+        for env in arguments.envs:
+            for name in [name for name in arguments.agents if name in SHARED]:
+                evaluate_choices(arguments.choices, env, name)
+    train = not (arguments.report_only or arguments.choices)
+    for env in arguments.envs if train else []:
         for variant in arguments.variants:
             agents = [
                 agent
