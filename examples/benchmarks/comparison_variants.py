@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import AGENTS, EVERY, SHARED, STEPS, TASKS
+from comparison import AGENTS, EVERY, PLAIN, SHARED, STEPS, TASKS
 from results import FOLDER, load, store
 from torch import Tensor
 
@@ -34,7 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     BASE: {},
     "faster policy": {"policy_lr": 1e-3},
     "critics not normalised": {"critic_layer_norm": False},
-    "faster policy, critics not normalised": {"policy_lr": 1e-3, "critic_layer_norm": False},
+    "faster policy, critics not normalised": PLAIN,
+    "sharper": {**PLAIN, "proposal": "next", "anchor_share": 0.5},
+    "more draws": {**PLAIN, "num_draws": 128},
     "falling": FALLING,
     "faster policy, falling": {"policy_lr": 1e-3, **FALLING},
     "faster policy, falling, critics not normalised": {
