@@ -1,4 +1,4 @@
-"""What would help SDAC and DPMD where another agent is ahead of them: one change at a time.
+"""What would help SDAC and DPMD where another agent is ahead of them: other settings, one seed.
 
     python examples/benchmarks/comparison_variants.py --jobs 2     # all that is not run yet
     python examples/benchmarks/comparison_variants.py --envs Reacher-v5 --agents sdac
@@ -6,8 +6,10 @@
     python examples/benchmarks/comparison_variants.py --report-only
 
 Runs of :mod:`comparison`, but with the seed 100, which is not in its table, so that nothing that
-is chosen here has seen the seeds it is judged by. SAC is trained with the same seed. Results go to
-docs/results/comparison_variants.json, the page is docs/comparison_variants.md.
+is chosen here has seen the seeds it is judged by. SAC is trained with the same seed. With
+``--choices`` the table's own agents, from its folder of runs, are evaluated by other choices among
+their draws instead. Results go to docs/results/comparison_variants.json, the page is
+docs/comparison_variants.md.
 """
 
 import argparse
@@ -49,9 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 READING = (
     "**What was taken from it.** In the table SDAC has plain critics, a policy as fast as they "
     "are, and half of its candidates about the clean action: so it ends highest on HalfCheetah "
-    "and on Reacher. On Pendulum all of its variants end between -120 and -135; there one "
-    "episode of the twenty that takes a second swing costs 5. DPMD keeps normalised critics and "
-    "its slower policy: on HalfCheetah it ends at a third of its return without the former, at "
+    "and on Reacher. On Pendulum that costs it some 10 at the end, by late setbacks, against "
+    "plain critics with the slower policy. DPMD keeps normalised critics and its slower "
+    "policy: on HalfCheetah it ends at a third of its return without the former, at "
     "half of it with a faster one. A rate that falls towards the end, as in the published code, "
     "and four times as many draws changed nothing that one seed could show."
 )
@@ -119,10 +121,10 @@ def report() -> None:
         "# What was tried where SDAC and DPMD are behind",
         "",
         "Written by `python examples/benchmarks/comparison_variants.py`: runs of "
-        "[the comparison](comparison.md), one change at a time, with the seed "
+        "[the comparison](comparison.md) with other settings and the seed "
         f"{SEED}, which is not in its table. Means of 20 episodes at the end of {STEPS:,} steps "
-        "and over the last five evaluations, 5,000 steps from each other. It is one seed; its "
-        "table shows what seeds differ by.",
+        "and over the last five evaluations, 5,000 steps from each other. It is one seed; the "
+        "comparison shows what seeds differ by.",
         "",
         READING,
         "",
