@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 READING = (
     "**What was taken from it.** In the table SDAC has plain critics, a policy as fast as they "
     "are, and half of its candidates about the clean action: so it ends highest on HalfCheetah "
-    "and on Reacher. On Pendulum that costs it some 10 at the end, by late setbacks, against "
+    "and on Reacher. On Pendulum that costs it 13 at the end, by late setbacks, against "
     "plain critics with the slower policy. DPMD keeps normalised critics and its slower "
     "policy: on HalfCheetah it ends at a third of its return without the former, at "
     "half of it with a faster one. A rate that falls towards the end, as in the published code, "
