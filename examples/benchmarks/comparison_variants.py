@@ -1,18 +1,19 @@
-"""What would help SDAC and DPMD where another agent is ahead of them: other settings, one seed.
+"""What would help SDAC and DPMD where another agent is ahead of them: other settings.
 
     python examples/benchmarks/comparison_variants.py --jobs 2     # all that is not run yet
-    python examples/benchmarks/comparison_variants.py --envs Reacher-v5 --agents sdac
+    python examples/benchmarks/comparison_variants.py --envs Reacher-v5 --agents sdac --seeds 101
     python examples/benchmarks/comparison_variants.py --choices runs/comparison
     python examples/benchmarks/comparison_variants.py --report-only
 
-Runs of :mod:`comparison`, but with the seed 100, which is not in its table, so that nothing that
-is chosen here has seen the seeds it is judged by. SAC is trained with the same seed. With
-``--choices`` the table's own agents, from its folder of runs, are evaluated by other choices among
-their draws instead. Results go to docs/results/comparison_variants.json, the page is
+Runs of :mod:`comparison`, but with seeds that are not in its table, 100 if not named otherwise, so
+that nothing that is chosen here has seen the seeds it is judged by. SAC is trained with the same
+seed. With ``--choices`` the table's own agents, from its folder of runs, are evaluated by other
+choices among their draws instead. Results go to docs/results/comparison_variants.json, the page is
 docs/comparison_variants.md.
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,7 +29,7 @@ import rl
 from rl.comparison import read, steps_done
 from rsm_sampler.checkpoint import CheckpointError
 
-NAME, BASE, SEED = "comparison_variants", "base", 100
+NAME, BASE = "comparison_variants", "base"
 SETTINGS = {**SHARED, "sac": AGENTS["sac"][1]}
 # The policy's rate falls, as in the published code, over most of the 4,500 steps that it makes.
 FALLING = {"policy_lr_final": 3e-5, "policy_lr_hold": 1000, "policy_lr_decay": 3500}
@@ -38,6 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "critics not normalised": {"critic_layer_norm": False},
     "faster policy, critics not normalised": PLAIN,
     "sharper": SHARPER,
+    "sharper, critics normalised": {**SHARPER, "critic_layer_norm": True},
+    "sharper, policy at every update": {**SHARPER, "policy_lr": 3e-4, "policy_period": 1},
+    "policy at every update": {"policy_period": 1},
     "more draws": {**PLAIN, "num_draws": 128},
     "falling": FALLING,
     "faster policy, falling": {"policy_lr": 1e-3, **FALLING},
@@ -106,10 +110,11 @@ def keep(folder: Path, variant: str) -> None:
         found = read(folder, total_steps=STEPS)
         for agent, by_env in found.curves.items():
             for env, runs in by_env.items():
-                key, curve = f"{agent} {env} {variant}", runs[SEED]
-                if key not in load(NAME) and curve.steps[-1] >= STEPS:
-                    settings = {**SETTINGS[agent], **VARIANTS[variant]}
-                    store(NAME, key, {"returns": curve.returns, "settings": settings})
+                for seed, curve in runs.items():
+                    key = f"{agent} {env} {variant}/{seed}"
+                    if key not in load(NAME) and curve.steps[-1] >= STEPS:
+                        settings = {**SETTINGS[agent], **VARIANTS[variant]}
+                        store(NAME, key, {"returns": curve.returns, "settings": settings})
 
 
 def report() -> None:
@@ -121,29 +126,36 @@ def report() -> None:
         "# What was tried where SDAC and DPMD are behind",
         "",
         "Written by `python examples/benchmarks/comparison_variants.py`: runs of "
-        "[the comparison](comparison.md) with other settings and the seed "
-        f"{SEED}, which is not in its table. Means of 20 episodes at the end of {STEPS:,} steps "
-        "and over the last five evaluations, 5,000 steps from each other. It is one seed; the "
-        "comparison shows what seeds differ by.",
+        "[the comparison](comparison.md) with other settings and with seeds that are not in its "
+        f"table. Means of 20 episodes at the end of {STEPS:,} steps and over the last five "
+        "evaluations, 5,000 steps from each other, of each seed; the comparison shows what seeds "
+        "differ by.",
         "",
         READING,
         "",
         *(f"* {agent}: {_settings(changes)}" for agent, changes in SETTINGS.items()),
     ]
     for env in TASKS:
-        rows = {}
+        rows: dict[str, dict[int, list[float]]] = {}
         for key, record in trained.items():
-            agent, task, variant = key.split(" ", 2)
+            agent, task, named = key.split(" ", 2)
+            variant, seed = named.split("/")
             if task == env:
-                rows[f"{agent} {variant}"] = record["returns"]
+                rows.setdefault(f"{agent} {variant}", {})[int(seed)] = record["returns"]
         if rows:
-            head = ["| agent | change | last | last five |", "|---|---|---|---|"]
+            head = ["| agent | change | seeds | last | last five |", "|---|---|---|---|---|"]
             lines += ["", f"## {env}", "", *head]
         for key in sorted(rows, key=order.index):
             agent, variant = key.split(" ", 1)
-            last, mean = rows[key][-1], sum(rows[key][-5:]) / 5
-            change = _settings(VARIANTS[variant]) or "–"
-            lines.append(f"| {agent} | {change} | {_number(last)} | {_number(mean)} |")
+            runs = [rows[key][seed] for seed in sorted(rows[key])]
+            cells = [
+                agent,
+                _settings(VARIANTS[variant]) or "–",
+                ", ".join(map(str, sorted(rows[key]))),
+                ", ".join(_number(returns[-1]) for returns in runs),
+                ", ".join(_number(sum(returns[-5:]) / 5) for returns in runs),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     chosen: dict[tuple[str, str], list[dict[str, float]]] = {}
     for key, record in found.items():
         if key.startswith("choices"):
@@ -161,10 +173,10 @@ def report() -> None:
             "| agent | task | seeds | " + " | ".join(CHOICES) + " |",
             "|---" * (3 + len(CHOICES)) + "|",
         ]
-    for (agent, env), runs in chosen.items():
-        means = [sum(run[label] for run in runs) / len(runs) for label in CHOICES]
-        cells = " | ".join(_number(mean) for mean in means)
-        lines.append(f"| {agent} | {env} | {len(runs)} | {cells} |")
+    for (agent, env), found_by in chosen.items():
+        means = [sum(run[label] for run in found_by) / len(found_by) for label in CHOICES]
+        shown = " | ".join(_number(mean) for mean in means)
+        lines.append(f"| {agent} | {env} | {len(found_by)} | {shown} |")
     (FOLDER.parent / f"{NAME}.md").write_text("\n".join(lines) + "\n")
 
 
@@ -182,6 +194,7 @@ def main() -> None:
     parser.add_argument("--envs", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--agents", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[100])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison_variants"))
     parser.add_argument("--choices", type=Path, help="folder of the table's runs")
@@ -193,23 +206,22 @@ def main() -> None:
             for name in [name for name in arguments.agents if name in SHARED]:
                 evaluate_choices(arguments.choices, env, name)
     train = not (arguments.report_only or arguments.choices)
-    for env in arguments.envs if train else []:
-        for variant in arguments.variants:
-            agents = [
-                agent
-                for agent in arguments.agents
-                if f"{agent} {env} {variant}" not in load(NAME)
-                and (agent in SHARED or variant == BASE)
-            ]
-            if not agents:
-                continue
+    grid = itertools.product(arguments.seeds, arguments.variants, arguments.envs)
+    for seed, variant, env in grid if train else []:
+        agents = [
+            agent
+            for agent in arguments.agents
+            if f"{agent} {env} {variant}/{seed}" not in load(NAME)
+            and (agent in SHARED or variant == BASE)
+        ]
+        if agents:
             folder = arguments.runs / variant.replace(", ", "-").replace(" ", "_")
             rl.compare(
                 [env],
                 agents,
                 total_steps=STEPS,
                 out=folder,
-                seeds=[SEED],
+                seeds=[seed],
                 jobs=arguments.jobs,
                 changes={agent: {**SETTINGS[agent], **VARIANTS[variant]} for agent in agents},
                 eval_every=EVERY,
