@@ -179,6 +179,7 @@ def test_steps_of_l_bfgs_solve_a_quadratic():
     torch.testing.assert_close(_quasi_newton(slope, useless, more), newton)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("dim", "by_values"), [(5, False), (60, False), (60, True)])
 def test_all_of_32_wells_are_found(dim, by_values):
     """By draws of the mixture: each has 1/32 of 20,000, 625 +- 25; none is below half of it."""

@@ -77,6 +77,7 @@ def test_a_witness_without_a_finite_energy_confirms_nothing():
     assert witness.ess == 0 and witness.log_z == -math.inf and witness.log_z_se == math.inf
 
 
+@pytest.mark.numbers
 def test_a_witness_starts_where_the_energy_is_finite():
     """A wall in 60 dimensions, and a fifth of the draws behind it."""
 
@@ -95,6 +96,7 @@ def test_a_witness_starts_where_the_energy_is_finite():
     assert not witness.conclusive
 
 
+@pytest.mark.numbers
 def test_an_inconclusive_witness_accuses_of_nothing():
     """The uniform law on a cube in 60 dimensions, drawn exactly: chains hardly mix there."""
 
@@ -134,6 +136,7 @@ def test_an_exact_sampler_is_trusted(seed, dim):
     assert report.pareto_k < 0.7
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_sampler_is_not_trusted(fault):
     target = mixture(1)

@@ -76,6 +76,7 @@ def test_score_is_the_gradient():
     torch.testing.assert_close(task.score(x, c), gradient)
 
 
+@pytest.mark.numbers
 def test_every_draw_has_its_posterior_law():
     """Probability transforms are uniform, for joint and conditional draws; alarm below 1e-6."""
     task, n = ConditionalMixture.line(), 4_000

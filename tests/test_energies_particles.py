@@ -158,6 +158,7 @@ def test_exact_draws_are_exchangeable():
 # -- chains ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.numbers
 def test_reference_chains_agree_with_exact_draws():
     """Energies of 100 independent chains: their means are independent, and so is the error."""
     x = DW4.reference(1000, chains=100, burn_in=150, thinning=10, generator=seeded(7))
@@ -166,6 +167,7 @@ def test_reference_chains_agree_with_exact_draws():
     torch.testing.assert_close(DW4.coordinates.centred(x), x)
 
 
+@pytest.mark.numbers
 def test_reference_chains_of_a_droplet_obey_the_virial_theorem():
     """Two halves agree, and the virial is (n - 1) s; five standard errors of chain means."""
     x = LJ5.reference(1000, chains=100, burn_in=200, thinning=10, generator=seeded(8))

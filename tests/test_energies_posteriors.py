@@ -54,6 +54,7 @@ def test_exploding_populations_have_no_weight():
     assert np.isfinite(energy[0]) and energy[1] > 1e5
 
 
+@pytest.mark.numbers
 def test_a_chain_finds_the_published_means():
     """Random-walk chains; means within a quarter of a posterior standard deviation."""
     start = torch.from_numpy(

@@ -130,6 +130,7 @@ def test_nan_passes_through(name):
     assert target(x).isnan().tolist() == [False, True]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", NAMES)
 def test_extent_holds_the_mass(name):
     """1e-6 outside by construction; 20,000 draws see more than 3 with probability below 1e-8."""

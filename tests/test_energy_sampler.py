@@ -157,6 +157,7 @@ def test_draws_come_with_the_density_of_the_process_that_made_them(bounds):
     assert float(error.quantile(0.9)) < 0.05
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("bounds", [None, Bounds(-math.inf, [102.0, math.inf], 2)])
 def test_log_prob_agrees_with_the_density_of_the_draws(bounds):
     """Within the step-doubling error of the ODE, and that of the sampler's own steps.

@@ -407,6 +407,7 @@ def test_eighteen_dimensions_from_an_energy(gradients):
     assert torch.equal(again.supply.batch(4, 2).x_0, trainer.supply.batch(4, 2).x_0)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("budget", [None, 700_000])
 def test_basins_by_values_alone(budget):
     """Four unequal wells in two coordinates of 24, of an energy that autograd cannot follow.
@@ -438,6 +439,7 @@ def test_basins_by_values_alone(budget):
     assert float((share - 0.7).abs().amax()) < 0.06
 
 
+@pytest.mark.numbers
 def test_an_energy_with_walls_goes_without_gradients():
     def energy(x):
         inside = (x.abs() < 1).all(-1)

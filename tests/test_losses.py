@@ -179,6 +179,7 @@ class Affine:
         return self.a * x_t + self.b
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("self_normalised", [True, False])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_mirror_descent_recovers_the_tilted_normal_law(self_normalised, temperature):

@@ -279,6 +279,7 @@ def test_warm_up_finds_the_constants_of_the_bridge():
     torch.testing.assert_close(kernel.log_ratio, log_z.diff(), rtol=0, atol=0.15)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("move", ["rw", "mala"])
 def test_parallel_tempering_weighs_separated_wells(move):
     """All chains start in the lighter well, 16 standard deviations from the other.
@@ -308,6 +309,7 @@ def test_parallel_tempering_weighs_separated_wells(move):
     assert result.swap_acceptance.max() - result.swap_acceptance.min() < 0.2
 
 
+@pytest.mark.numbers
 def test_log_z_errors_are_calibrated():
     """24 runs on a Gaussian: the mean is unbiased and the quoted error is the scatter.
 
@@ -409,6 +411,7 @@ def test_the_budget_is_counted_and_never_exceeded(method, budget):
     assert result.evaluations == 7 * (start + step * steps)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("method", METHODS)
 def test_a_seed_decides_everything_and_the_global_generator_is_left_alone(method):
     def run(seed):
@@ -428,6 +431,7 @@ def test_a_seed_decides_everything_and_the_global_generator_is_left_alone(method
     assert not torch.equal(first.samples, other.samples)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("method", "dim", "goal"),
     [("rw", 1, 0.44), ("rw", 4, 0.234), ("mala", 4, 0.574), ("hmc", 4, 0.7)],

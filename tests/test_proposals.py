@@ -157,6 +157,7 @@ def test_mixture_counts_are_their_shares_rounded(weights, n):
     assert (counts[shares < 1e-9] == 0).all()
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_every_row_of_a_mixture_has_the_right_law(n):
     """Frequencies by row over 4,000 draws within 6 standard errors; false alarm below 1e-6."""

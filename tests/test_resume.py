@@ -43,6 +43,7 @@ def uninterrupted() -> EnergyDiffusionTrainer:
     return trainer
 
 
+@pytest.mark.numbers
 def test_the_seed_decides_everything(uninterrupted):
     state = torch.get_rng_state()
     again, other = new(), new(seed=1)
@@ -54,6 +55,7 @@ def test_the_seed_decides_everything(uninterrupted):
     assert [r["ess"] for r in again.history] == [r["ess"] for r in uninterrupted.history]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("stop_at", [100, 300])
 @pytest.mark.parametrize("how", ["callback", "interrupt", "exception"])
 def test_resumed_equals_never_interrupted(tmp_path, uninterrupted, stop_at, how):
@@ -88,6 +90,7 @@ def test_resumed_equals_never_interrupted(tmp_path, uninterrupted, stop_at, how)
     assert ess == [record["ess"] for record in uninterrupted.history]
 
 
+@pytest.mark.numbers
 def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path, uninterrupted, ctrl_c):
     path, first = tmp_path / "run.pt", new()
     step = first.optimiser.step
@@ -127,6 +130,7 @@ def test_an_energy_that_raises_keeps_its_traceback_and_the_state(tmp_path):
         assert fresh.cycle == CONFIG.max_cycles
 
 
+@pytest.mark.numbers
 def test_a_larger_budget_continues():
     trainer = EnergyDiffusionTrainer(energy, 2, config=CONFIG, budget=2000, device="cpu")
     trainer.fit(progress=False)

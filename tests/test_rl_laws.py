@@ -55,6 +55,7 @@ def uniform_denoiser(x, sigma):
     return torch.where(mass > 1e-9, x + sigma * edge / mass, x.clamp(-1, 1))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("anneal_stages", [0, 2])
 def test_sdac_of_a_constant_value_is_uniform_on_the_box(anneal_stages):
     """The denoiser is that of the uniform law, whose own spread is 0.58.
@@ -77,6 +78,7 @@ def test_sdac_of_a_constant_value_is_uniform_on_the_box(anneal_stages):
     assert max(error(agent, uniform_denoiser, x_0, generator)) < 0.05
 
 
+@pytest.mark.numbers
 def test_dpmd_of_a_constant_value_is_the_old_policy():
     """The denoiser is that of the old policy, here a normal law of spread 0.3 at 0.2.
 

@@ -346,6 +346,7 @@ def test_log_prob_is_right_within_its_error(steps, sigma_min, most):
     assert error.mean() < most
 
 
+@pytest.mark.numbers
 def test_log_prob_converges_at_second_order():
     """Over three halvings: the leading terms nearly cancel, so that single slopes are uneven."""
     law = two_modes()

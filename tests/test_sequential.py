@@ -26,6 +26,7 @@ def visit(energy, dim, *, seed=0, scale=3.0, **options):
     return sequential_monte_carlo(energy, reference(dim, scale), generator=rng(seed), **options)
 
 
+@pytest.mark.numbers
 def test_a_correlated_gaussian_in_eight_dimensions():
     """Moments and log Z of 8 runs, whose spread is their own standard error.
 
@@ -55,6 +56,7 @@ def test_a_correlated_gaussian_in_eight_dimensions():
     assert float(columns["variance"].std()) < 0.1
 
 
+@pytest.mark.numbers
 def test_wells_get_their_weights_although_each_particle_sees_few():
     """Many-well-32: 16 shares of the deeper well, 0.844, from 6e5 evaluations.
 
