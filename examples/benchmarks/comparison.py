@@ -8,9 +8,10 @@
 shorter: five environments at a time, SAC and TD3 of stable-baselines3 one. Networks of two layers
 of 128, and, for so few updates, faster critics than the paper's. SAC and TD3 have the same widths,
 rates of critics and averaging, a policy as fast as the critics (1e-3), and critics without
-normalised layers, which their library does not have. So has SDAC, whose draws are half about the
-clean action besides, as in [its own results](results_sdac.md): for this a seed that is not in the
-table spoke ([what was tried](comparison_variants.md)). Our other agents keep the policy's default
+normalised layers, which their library does not have. So has SDAC, half of whose candidates are
+about the clean action besides, as in [its own results](results_sdac.md), and whose actions have
+noise as DPMD's have: for this a seed that is not in the table spoke
+([what was tried](comparison_variants.md)). Our other agents keep the policy's default
 rate (3e-4) and normalised critics; for DPMD the same seed spoke for that, the rest were not tried
 otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of ten. PPO and DPPO,
 which learn from rollouts, have their defaults, DPPO with the same widths, PPO observations that
@@ -59,9 +60,10 @@ YARDSTICK: dict[str, Any] = {
 SHARED = {"sdac": {**SIZES, "num_draws": 32, "policy_states": 64}, "dpmd": SIZES}
 PLAIN = {"policy_lr": 1e-3, "critic_layer_norm": False}
 SHARPER = {**PLAIN, "proposal": "next", "anchor_share": 0.5}
+NOISY = {**SHARPER, "noise": 0.1}
 # Seeds, and what is changed of the defaults.
 AGENTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "sdac": (5, {**SHARED["sdac"], **SHARPER}),
+    "sdac": (5, {**SHARED["sdac"], **NOISY}),
     "dpmd": (5, SHARED["dpmd"]),
     "sac": (5, YARDSTICK),
     "qsm": (3, SIZES),

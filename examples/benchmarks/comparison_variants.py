@@ -2,14 +2,14 @@
 
     python examples/benchmarks/comparison_variants.py --jobs 2     # all that is not run yet
     python examples/benchmarks/comparison_variants.py --envs Reacher-v5 --agents sdac --seeds 101
-    python examples/benchmarks/comparison_variants.py --choices runs/comparison
+    python examples/benchmarks/comparison_variants.py --trained runs/comparison
     python examples/benchmarks/comparison_variants.py --report-only
 
 Runs of :mod:`comparison`, but with seeds that are not in its table, 100 if not named otherwise, so
 that nothing that is chosen here has seen the seeds it is judged by. SAC is trained with the same
-seed. With ``--choices`` the table's own agents, from its folder of runs, are evaluated by other
-choices among their draws instead. Results go to docs/results/comparison_variants.json, the page is
-docs/comparison_variants.md.
+seed. With ``--trained`` the table's own agents, from its folder of runs, are asked instead: what
+their critics promise and what follows, and how SDAC and DPMD do by other choices among draws.
+Results go to docs/results/comparison_variants.json, the page is docs/comparison_variants.md.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from comparison import AGENTS, EVERY, PLAIN, SHARED, SHARPER, STEPS, TASKS
+from comparison import AGENTS, EVERY, NOISY, PLAIN, SHARED, SHARPER, STEPS, TASKS
 from results import FOLDER, load, store
 from torch import Tensor
 
@@ -42,6 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharper, critics normalised": {**SHARPER, "critic_layer_norm": True},
     "sharper, policy at every update": {**SHARPER, "policy_lr": 3e-4, "policy_period": 1},
     "policy at every update": {"policy_period": 1},
+    "sharper, noise": NOISY,
+    "sharper, noise, targets from slow copies": {**NOISY, "target_from_average": True},
+    "sharper, floor of 8": {**SHARPER, "min_ess": 8.0},
     "more draws": {**PLAIN, "num_draws": 128},
     "falling": FALLING,
     "faster policy, falling": {"policy_lr": 1e-3, **FALLING},
@@ -104,6 +108,39 @@ def evaluate_choices(runs: Path, env: str, name: str) -> None:
         store(NAME, f"choices: {folder.name}", {"returns": returns})
 
 
+def evaluate_values(runs: Path, env: str, name: str) -> None:
+    """What critics promise of drawn actions in first halves of episodes, and what follows."""
+    for folder in sorted((runs / "runs").glob(f"{name}-{env}-*/")):
+        if steps_done(folder) < STEPS:
+            continue
+        agent: Any = rl.load(folder / "last.pt", device="cpu")
+        environments = rl.Environments(env, 10)
+        observation, promised, rewards = environments.reset(seed=20_000), [], []
+        ended = np.zeros(10, dtype=bool)
+        while not ended.any():
+            action, _ = agent.predict(observation)
+            unit = 2 * (action - agent.low) / (agent.high - agent.low) - 1
+            given = torch.from_numpy(observation), torch.from_numpy(unit).float()
+            with torch.no_grad():
+                if isinstance(agent, rl.StableBaselinesAgent):
+                    q = torch.cat(agent.policy.critic(*given), 1).amin(1)
+                else:
+                    q = agent.critic.minimum(*given)
+            step = environments.step(unit)
+            observation, ended = step.observation, step.ended
+            promised.append(q.numpy())
+            rewards.append(step.reward)
+        environments.close()
+        outcome, outcomes = np.zeros(10), []
+        for reward in reversed(rewards):
+            outcome = reward + 0.99 * outcome
+            outcomes.append(outcome)
+        half = len(rewards) // 2
+        means = np.mean(promised[:half]), np.mean(outcomes[: -half - 1 : -1])
+        record = dict(zip(("promised", "outcome"), map(float, means), strict=True))
+        store(NAME, f"values: {folder.name}", record)
+
+
 def keep(folder: Path, variant: str) -> None:
     """Store what is finished in a folder of runs."""
     with suppress(CheckpointError):  # nothing is there yet
@@ -120,7 +157,7 @@ def keep(folder: Path, variant: str) -> None:
 def report() -> None:
     """The page: a table for each task."""
     found = load(NAME)
-    trained = {key: record for key, record in found.items() if not key.startswith("choices")}
+    trained = {key: record for key, record in found.items() if ": " not in key}
     order = [f"{agent} {variant}" for agent in SETTINGS for variant in VARIANTS]
     lines = [
         "# What was tried where SDAC and DPMD are behind",
@@ -159,8 +196,8 @@ def report() -> None:
     chosen: dict[tuple[str, str], list[dict[str, float]]] = {}
     for key, record in found.items():
         if key.startswith("choices"):
-            agent, env = key.removeprefix("choices: ").split("-", 1)
-            chosen.setdefault((agent, env.rsplit("-", 1)[0]), []).append(record["returns"])
+            agent, env, _ = _parts(key)
+            chosen.setdefault((agent, env), []).append(record["returns"])
     if chosen:
         lines += [
             "",
@@ -177,7 +214,42 @@ def report() -> None:
         means = [sum(run[label] for run in found_by) / len(found_by) for label in CHOICES]
         shown = " | ".join(_number(mean) for mean in means)
         lines.append(f"| {agent} | {env} | {len(found_by)} | {shown} |")
+    lines += _values_lines(found)
     (FOLDER.parent / f"{NAME}.md").write_text("\n".join(lines) + "\n")
+
+
+def _values_lines(found: dict[str, Any]) -> list[str]:
+    asked: dict[str, dict[str, list[str]]] = {}
+    for key, record in found.items():
+        if key.startswith("values"):
+            agent, env, _ = _parts(key)
+            shown = f"{record['promised']:.0f} for {record['outcome']:.0f}"
+            asked.setdefault(agent, {}).setdefault(env, []).append(shown)
+    if not asked:
+        return []
+    envs = [env for env in TASKS if any(env in by for by in asked.values())]
+    return [
+        "",
+        "## What critics promise",
+        "",
+        "The table's own agents as they ended: the mean of the smaller Q over the states of the "
+        "first halves of ten episodes of drawn actions, and the mean return that followed to the "
+        "episode's end, discounted by 0.99; each seed.",
+        "",
+        f"| agent | {' | '.join(envs)} |",
+        "|---" * (1 + len(envs)) + "|",
+        *(
+            f"| {agent} | {' | '.join(', '.join(by.get(env, [])) for env in envs)} |"
+            for agent, by in asked.items()
+        ),
+    ]
+
+
+def _parts(key: str) -> tuple[str, str, int]:
+    """Agent, environment and seed of a run of the table."""
+    agent, rest = key.partition(": ")[2].split("-", 1)
+    env, seed = rest.rsplit("-", 1)
+    return agent, env, int(seed)
 
 
 def _number(value: float) -> str:
@@ -197,15 +269,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[100])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison_variants"))
-    parser.add_argument("--choices", type=Path, help="folder of the table's runs")
+    parser.add_argument("--trained", type=Path, help="folder of the table's runs")
     parser.add_argument("--report-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))  # as each run has
-    if arguments.choices is not None:
+    if arguments.trained is not None:
         for env in arguments.envs:
             for name in [name for name in arguments.agents if name in SHARED]:
-                evaluate_choices(arguments.choices, env, name)
-    train = not (arguments.report_only or arguments.choices)
+                evaluate_choices(arguments.trained, env, name)
+        for env in {*arguments.envs} & {"Pendulum-v1", "HalfCheetah-v5"}:  # they end in time alone
+            for name in [name for name in AGENTS if name not in ("ppo", "dppo")]:
+                evaluate_values(arguments.trained, env, name)
+    train = not (arguments.report_only or arguments.trained)
     grid = itertools.product(arguments.seeds, arguments.variants, arguments.envs)
     for seed, variant, env in grid if train else []:
         agents = [
