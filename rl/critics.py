@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rsm_sampler.ensemble import EnsembleMLP
+from rsm_sampler.ensemble import Activation, EnsembleMLP
 
 __all__ = ["Critic", "ReturnCritic", "best_candidate", "frozen"]
 
 
 class Critic(EnsembleMLP):
-    r"""Q-functions :math:`Q_i(s, a)`, Mish perceptrons of observation and action.
+    r"""Q-functions :math:`Q_i(s, a)`, perceptrons of observation and action.
 
     Arguments:
         observation_dim: Length of an observation.
@@ -28,6 +28,7 @@ class Critic(EnsembleMLP):
         width: Units of a hidden layer.
         depth: Number of hidden layers.
         layer_norm: Whether hidden layers are normalised.
+        activation: The nonlinearity, ``"mish"`` or ``"relu"``.
         generator: Source of the initial weights, on the CPU.
         outputs: Numbers that a member returns, of which the first is its value.
 
@@ -46,6 +47,7 @@ class Critic(EnsembleMLP):
         width: int = 256,
         depth: int = 3,
         layer_norm: bool = False,
+        activation: Activation = "mish",
         generator: torch.Generator | None = None,
         outputs: int = 1,
     ) -> None:
@@ -56,6 +58,7 @@ class Critic(EnsembleMLP):
             width=width,
             depth=depth,
             layer_norm=layer_norm,
+            activation=activation,
             generator=generator,
         )
 

@@ -91,6 +91,7 @@ class OffPolicyAgent(BaseAgent):
             width=config.width if config.critic_width is None else config.critic_width,
             depth=config.depth if config.critic_depth is None else config.critic_depth,
             layer_norm=config.critic_layer_norm,
+            activation=config.critic_activation,
             generator=weights,
         ).to(self.device)
         self.target_critic = _slow_copy(self.critic)

@@ -18,13 +18,15 @@ itself sends them to MKL, which leaves half of a processor's vector width unused
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["EnsembleMLP", "mish"]
+__all__ = ["Activation", "EnsembleMLP", "mish"]
+
+Activation = Literal["mish", "relu"]
 
 
 def _find_linear() -> Any:  # noqa: ANN401
@@ -45,7 +47,7 @@ _CHUNK = 2048  # rows
 
 
 class EnsembleMLP(nn.Module):
-    r"""Perceptrons of one shape side by side, with Mish between the layers.
+    r"""Perceptrons of one shape side by side.
 
     Arguments:
         inputs: Lengths of the pieces of an input.
@@ -55,10 +57,11 @@ class EnsembleMLP(nn.Module):
         depth: Number of hidden layers, at least 1.
         layer_norm: Whether what enters each nonlinearity is first brought to mean 0 and variance
             1 over the units, then scaled and shifted by learned vectors.
+        activation: The nonlinearity of hidden layers, ``"mish"`` or ``"relu"``.
         generator: Source of the initial weights, on the CPU.
 
     Raises:
-        ValueError: If a size is out of range.
+        ValueError: If a size is out of range, or the activation none of these.
 
     Attributes:
         plain: Whether calls keep to operations that ``torch.vmap`` knows, as they do on a GPU; on
@@ -85,9 +88,14 @@ class EnsembleMLP(nn.Module):
         width: int = 256,
         depth: int = 3,
         layer_norm: bool = False,
+        activation: Activation = "mish",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if activation not in get_args(Activation):
+            raise ValueError(
+                f"activation must be one of {get_args(Activation)}, got {activation!r}"
+            )
         given = {"outputs": outputs, "members": members, "width": width, "depth": depth}
         for name, value in given.items():
             if value < 1:
@@ -95,6 +103,7 @@ class EnsembleMLP(nn.Module):
         if not inputs or min(inputs) < 0 or sum(inputs) < 1:
             raise ValueError(f"inputs must be lengths of at least 0, not all 0, got {inputs}")
         self.inputs, self.outputs, self.members = tuple(inputs), outputs, members
+        self.activation = activation
         sizes = [sum(inputs), *[width] * depth, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for before, after in itertools.pairwise(sizes):
@@ -211,9 +220,9 @@ class EnsembleMLP(nn.Module):
         else:
             scratch, found = self._spare(h[0]), []
             for i, (*layers, last) in enumerate(self.prepared() if prepared is None else prepared):
-                x = _mish_of_minus(self._normalised(0, h[i].contiguous(), i), scratch)
+                x = self._activated(self._normalised(0, h[i].contiguous(), i), scratch)
                 for number, layer in enumerate(layers, 1):
-                    x = _mish_of_minus(self._normalised(number, layer(x), i), scratch)
+                    x = self._activated(self._normalised(number, layer(x), i), scratch)
                 found.append(last(x))
             y = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
         return y.view(self.members, *batch, self.outputs)
@@ -224,8 +233,11 @@ class EnsembleMLP(nn.Module):
             return _Affine.apply(h, weight, bias, sign)
         return torch.baddbmm(bias, h, weight, beta=sign, alpha=sign)
 
-    def _activated(self, negated: Tensor) -> Tensor:
-        return nn.functional.mish(-negated) if self.plain else _mish_of_minus(negated)
+    def _activated(self, negated: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """The nonlinearity of minus what is given, which is overwritten without gradients."""
+        if self.activation == "relu":
+            return _relu_of_minus(negated)
+        return nn.functional.mish(-negated) if self.plain else _mish_of_minus(negated, scratch)
 
     def _normalised(self, number: int, negated: Tensor, member: int | None = None) -> Tensor:
         """Layer normalisation of minus a layer's values, of all members or of one."""
@@ -337,6 +349,11 @@ def _mish_of_minus(y: Tensor, scratch: Tensor | None = None) -> Tensor:
     q = torch.sigmoid(y) if scratch is None else torch.sigmoid(y, out=scratch)
     torch.addcmul(q.new_ones(()), q, q, out=q)
     return torch.addcdiv(y, y, q, value=-2.0, out=y)
+
+
+def _relu_of_minus(y: Tensor) -> Tensor:
+    """relu(-y)."""
+    return torch.clamp_max(y, 0.0).neg()
 
 
 class _MishOfMinus(torch.autograd.Function):

@@ -158,8 +158,11 @@ def test_mish_and_its_gradient():
         torch.testing.assert_close(mish(x), theirs, rtol=1e-12, atol=1e-13)
 
 
-def test_an_ensemble_is_its_members():
-    ensemble = EnsembleMLP([3, 2], 4, members=3, width=8, depth=2, generator=rng()).double()
+@pytest.mark.parametrize("activation", ["mish", "relu"])
+def test_an_ensemble_is_its_members(activation):
+    options = {"members": 3, "width": 8, "depth": 2, "activation": activation}
+    ensemble = EnsembleMLP([3, 2], 4, **options, generator=rng()).double()
+    nonlinearity = getattr(torch.nn.functional, activation)
     x, y = normal(7, 3), normal(7, 2)
     whole = ensemble(x, y)
     for i in range(3):
@@ -167,7 +170,7 @@ def test_an_ensemble_is_its_members():
         for weight, bias in zip(ensemble.weights, ensemble.biases, strict=True):
             last = weight is ensemble.weights[-1]
             h = h @ weight[i] + bias[i]
-            h = h if last else torch.nn.functional.mish(h)
+            h = h if last else nonlinearity(h)
         torch.testing.assert_close(whole[i], h)
     assert not torch.allclose(whole[0], whole[1])
 
@@ -185,14 +188,15 @@ def test_shared_pieces_are_as_if_repeated(n, grad):
         torch.testing.assert_close(alone, expected.view(2, n, 100, 1)[:, 0])
 
 
+@pytest.mark.parametrize("activation", ["mish", "relu"])
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("fast", [True, False])
-def test_single_precision_by_either_product(fast, layer_norm, monkeypatch):
+def test_single_precision_by_either_product(fast, layer_norm, activation, monkeypatch):
     """By oneDNN and by PyTorch's own products, values and gradients against double precision."""
     if not fast:
         monkeypatch.setattr(ensemble_module, "_LINEAR", None)
-    options = {"width": 40, "layer_norm": layer_norm, "generator": rng()}
-    ensemble = EnsembleMLP([3, 2], 1, members=2, **options)
+    options = {"width": 40, "layer_norm": layer_norm, "activation": activation}
+    ensemble = EnsembleMLP([3, 2], 1, members=2, **options, generator=rng())
     reference = copy.deepcopy(ensemble).double()
     x, y = normal(500, 3), normal(500, 2).requires_grad_()
     exact = reference(x, y)
@@ -258,6 +262,8 @@ def test_bad_ensembles():
         EnsembleMLP([3], 1, members=0)
     with pytest.raises(ValueError, match="inputs must be lengths"):
         EnsembleMLP([], 1)
+    with pytest.raises(ValueError, match=r"activation must be one of .* got 'tanh'"):
+        EnsembleMLP([3], 1, activation="tanh")
     with pytest.raises(ValueError, match=r"pieces must have lengths \(3,\), got \(2,\)"):
         EnsembleMLP([3], 1)(torch.zeros(5, 2))
 
@@ -277,11 +283,13 @@ def test_contexts_are_standardised():
     )
 
 
+@pytest.mark.parametrize("activation", ["mish", "relu"])
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_plain_operations_compute_the_same(layer_norm, dtype):
+def test_plain_operations_compute_the_same(layer_norm, activation, dtype):
     """With and without gradients, and mapped over several networks as each alone."""
     options = {"members": 2, "width": 16, "depth": 2, "layer_norm": layer_norm}
+    options["activation"] = activation
     made = [
         EnsembleMLP([3, 2], 4, **options, generator=torch.Generator().manual_seed(k)).to(dtype)
         for k in range(3)

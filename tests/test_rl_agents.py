@@ -731,6 +731,7 @@ def test_nothing_is_read_back_in_an_update():
         (SDACConfig, {"min_ess": 0.0}, "min_ess must be positive and finite, got 0.0"),
         (SDACConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (SDACConfig, {"proposal": "none"}, "proposal must be one of .* got 'none'"),
+        (SDACConfig, {"critic_activation": "tanh"}, "critic_activation must be one of .* 'tanh'"),
         (SDACConfig, {"temperature_rule": "kappa"}, "kappa must be given"),
         (SDACConfig, {"soft_target": True}, "noise must be positive for soft_target"),
         (SDACConfig, {"schedule": "quadratic"}, "schedule must be one of"),
