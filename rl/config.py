@@ -47,7 +47,7 @@ class AgentConfig:
         critic_depth: Number of a critic's hidden layers; ``depth`` if None.
         critic_layer_norm: Whether the critics' hidden layers are normalised.
         critic_activation: Nonlinearity of the critics' hidden layers: ``"mish"``, the paper's, or
-            ``"relu"``, which costs less.
+            ``"relu"``.
         gradient_clip: Norm to which the gradient of a network is shortened, policy and critics
             apart; None for none.
     """
