@@ -17,6 +17,7 @@ otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of t
 which learn from rollouts, have their defaults, DPPO with the same widths, PPO observations that
 are standardised and rewards that are scaled, as DPPO has. Five seeds for SDAC, DPMD and SAC, three
 for the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20 episodes, every 5,000 steps.
+The minutes of a run, one thread each, are of a machine that did other work at times.
 
 Runs are in ``--runs``; the returns of finished ones at every evaluation go to
 docs/results/comparison.json, and are not made again, the report of all to docs/comparison.md with
