@@ -62,7 +62,7 @@ READING = (
     "**What was taken from it.** In the table SDAC has plain critics, a policy as fast as they "
     "are, half of its candidates about the clean action, and noise on its actions. So it is among "
     "the highest on HalfCheetah, and without noise, which was added last, it is the highest here "
-    "on Reacher. Noise cost nothing on HalfCheetah and took some of the late setbacks on Pendulum "
+    "on Reacher. Noise changed little on HalfCheetah and took some of the late setbacks on Pendulum "
     "away. DPMD keeps normalised critics and its slower policy: on HalfCheetah it ends at a third "
     "of its return without the former, at half of it with a faster one.\n\n"
     "**What is lost on Pendulum** is one to three of the twenty starts. From there full torque at "
@@ -206,7 +206,7 @@ def report() -> None:
     chosen: dict[tuple[str, str], list[dict[str, float]]] = {}
     for key, record in found.items():
         if key.startswith("choices"):
-            agent, env, _ = _parts(key)
+            agent, env = _parts(key)
             chosen.setdefault((agent, env), []).append(record["returns"])
     if chosen:
         lines += [
@@ -232,7 +232,7 @@ def _values_lines(found: dict[str, Any]) -> list[str]:
     asked: dict[str, dict[str, list[str]]] = {}
     for key, record in found.items():
         if key.startswith("values"):
-            agent, env, _ = _parts(key)
+            agent, env = _parts(key)
             shown = f"{record['promised']:.0f} for {record['outcome']:.0f}"
             asked.setdefault(agent, {}).setdefault(env, []).append(shown)
     if not asked:
@@ -255,11 +255,10 @@ def _values_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _parts(key: str) -> tuple[str, str, int]:
-    """Agent, environment and seed of a run of the table."""
+def _parts(key: str) -> tuple[str, str]:
+    """Agent and environment of a run of the table."""
     agent, rest = key.partition(": ")[2].split("-", 1)
-    env, seed = rest.rsplit("-", 1)
-    return agent, env, int(seed)
+    return agent, rest.rsplit("-", 1)[0]
 
 
 def _number(value: float) -> str:
