@@ -9,15 +9,16 @@ shorter: five environments at a time, SAC and TD3 of stable-baselines3 one. Netw
 of 128, and, for so few updates, faster critics than the paper's. SAC and TD3 have the same widths,
 rates of critics and averaging, a policy as fast as the critics (1e-3), and critics without
 normalised layers, which their library does not have. So has SDAC, half of whose candidates are
-about the clean action besides, as in [its own results](results_sdac.md), and whose actions have
-noise as DPMD's have: for this a seed that is not in the table spoke
-([what was tried](comparison_variants.md)). Our other agents keep the policy's default
-rate (3e-4) and normalised critics; for DPMD the same seed spoke for that, the rest were not tried
-otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of ten. PPO and DPPO,
-which learn from rollouts, have their defaults, DPPO with the same widths, PPO observations that
-are standardised and rewards that are scaled, as DPPO has. Five seeds for SDAC, DPMD and SAC, three
-for the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20 episodes, every 5,000 steps.
-The minutes of a run, one thread each, are of a machine that did other work at times.
+about the clean action besides, as in [its own results](results_sdac.md), whose actions have noise,
+and of whose policy a slow copy acts, both as in the published code: for this a seed that is not in
+the table spoke ([what was tried](comparison_variants.md)). Our other agents keep the policy's
+default rate (3e-4) and normalised critics; for DPMD the same seed spoke for that, the rest were
+not tried otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of ten. PPO
+and DPPO, which learn from rollouts, have their defaults, DPPO with the same widths, PPO
+observations that are standardised and rewards that are scaled, as DPPO has. Five seeds for SDAC,
+DPMD and SAC, three for the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20
+episodes, every 5,000 steps. The minutes of a run, one thread each, are of a machine that did other
+work at times.
 
 Runs are in ``--runs``; the returns of finished ones at every evaluation go to
 docs/results/comparison.json, and are not made again, the report of all to docs/comparison.md with
@@ -62,9 +63,10 @@ SHARED = {"sdac": {**SIZES, "num_draws": 32, "policy_states": 64}, "dpmd": SIZES
 PLAIN = {"policy_lr": 1e-3, "critic_layer_norm": False}
 SHARPER = {**PLAIN, "proposal": "next", "anchor_share": 0.5}
 NOISY = {**SHARPER, "noise": 0.1}
+STEADY = {**NOISY, "behaviour_from_average": True}
 # Seeds, and what is changed of the defaults.
 AGENTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "sdac": (5, {**SHARED["sdac"], **NOISY}),
+    "sdac": (5, {**SHARED["sdac"], **STEADY}),
     "dpmd": (5, SHARED["dpmd"]),
     "sac": (5, YARDSTICK),
     "qsm": (3, SIZES),
