@@ -307,12 +307,14 @@ def test_a_wide_reference_is_the_reverse_kernel():
 # --- the box ---
 
 
+NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(200)
+
+
 def tail_mass(distance, depth):
     """Integral of exp(-distance y - y^2 / 2) from 0 to depth, by Gauss-Legendre quadrature."""
     depth = min(depth, 40 / max(distance, 1) + (0 if distance > 4 else 10))  # nothing beyond
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    y = depth * (nodes + 1) / 2
-    return (weights * np.exp(-distance * y - y * y / 2)).sum() * depth / 2
+    y = depth * (NODES + 1) / 2
+    return (NODE_WEIGHTS * np.exp(-distance * y - y * y / 2)).sum() * depth / 2
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (DOUBLE, 1e-10)])

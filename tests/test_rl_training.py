@@ -80,7 +80,7 @@ OFFICIAL = {"config": "official", "kappa_period": 10, "normalise_observations": 
 )
 def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, tmp_path):
     """Bit for bit: networks, optimisers, replay, environments, logs; but for the time it took."""
-    options = {"total_steps": 180, "eval_every": 60, "log_every": 30, **changes}
+    options = {"total_steps": 120, "eval_every": 40, "log_every": 20, **changes}
     whole = quick(agent, env, run_dir=tmp_path / "whole", **options)
 
     class Stop(Exception):
@@ -91,9 +91,9 @@ def test_interrupted_and_resumed_equals_never_interrupted(agent, env, changes, t
             raise Stop
 
     folder = tmp_path / "parts"
-    for limit in (60, 120):
+    for limit in (40, 80):
         with pytest.raises(Stop):
-            if limit == 60:
+            if limit == 40:
                 quick(agent, env, run_dir=folder, callback=stop_at, **options)
             else:
                 rl.resume(folder, callback=stop_at, progress=False)
