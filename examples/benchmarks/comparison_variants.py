@@ -15,7 +15,7 @@ Results go to docs/results/comparison_variants.json, the page is docs/comparison
 import argparse
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ READING = (
 )
 HARDEST = 10_004  # seed of a start of the evaluations
 NOISES = 0.0, 0.05, 0.1  # standard deviations on Pendulum's action within [-1, 1]
+PARTS = "reward_dist", "reward_ctrl"  # of Reacher's reward
 DRAWS = 64  # of the same chain, from fixed starts, of which a choice makes one action
 CHOICES: dict[str, Callable[[Tensor], Tensor]] = {
     "best of 10": lambda q: best(q[:, :10], q.shape[1]),  # what the table has
@@ -117,23 +118,17 @@ def choosing(agent: Any, weigh: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
 
 def evaluate_choices(runs: Path, env: str, name: str) -> None:
     """Returns of the table's agents, last of their runs, by each choice among draws."""
-    for folder in sorted((runs / "runs").glob(f"{name}-{env}-*/")):
-        if steps_done(folder) < STEPS:
-            continue
-        agent: Any = rl.load(folder / "last.pt")
+    for folder, agent in finished(runs, env, name):
         returns = {}
         for label, weigh in CHOICES.items():
             agent.exploit = choosing(agent, weigh)
             returns[label] = rl.evaluate(agent, env).mean
-        store(NAME, f"choices: {folder.name}", {"returns": returns})
+        store(NAME, f"choices: {folder}", {"returns": returns})
 
 
 def evaluate_values(runs: Path, env: str, name: str) -> None:
     """What critics promise of drawn actions in first halves of episodes, and what follows."""
-    for folder in sorted((runs / "runs").glob(f"{name}-{env}-*/")):
-        if steps_done(folder) < STEPS:
-            continue
-        agent: Any = rl.load(folder / "last.pt", device="cpu")
+    for folder, agent in finished(runs, env, name):
         environments = rl.Environments(env, 10)
         observation, promised, rewards = environments.reset(seed=20_000), [], []
         ended = np.zeros(10, dtype=bool)
@@ -158,29 +153,66 @@ def evaluate_values(runs: Path, env: str, name: str) -> None:
         half = len(rewards) // 2
         means = np.mean(promised[:half]), np.mean(outcomes[: -half - 1 : -1])
         record = dict(zip(("promised", "outcome"), map(float, means), strict=True))
-        store(NAME, f"values: {folder.name}", record)
+        store(NAME, f"values: {folder}", record)
+
+
+def finished(runs: Path, env: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Names of the folders of an agent's finished runs, and the agents as they ended."""
+    for folder in sorted((runs / "runs").glob(f"{name}-{env}-*/")):
+        if steps_done(folder) >= STEPS:
+            yield folder.name, rl.load(folder / "last.pt", device="cpu")
+
+
+def episodes(
+    agent: Any,
+    env: str,
+    starts: Sequence[int],
+    noise: float = 0.0,
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Steps of episodes from these starts, with noise on actions, until one of them ends."""
+    rng = np.random.default_rng(0)
+    environments = [gym.make(env) for _ in starts]
+    half = (agent.high - agent.low) / 2
+    resets = zip(environments, starts, strict=True)
+    observation = np.stack([one.reset(seed=start)[0] for one, start in resets])
+    while True:
+        action, _ = agent.predict(observation.astype(np.float32), deterministic=True)
+        action = action + noise * half * rng.standard_normal(action.shape)
+        action = action.clip(agent.low, agent.high)
+        steps = [one.step(a) for one, a in zip(environments, action, strict=True)]
+        observation = np.stack([step[0] for step in steps])
+        yield steps
+        if any(step[2] or step[3] for step in steps):
+            break
+    for one in environments:
+        one.close()
 
 
 def evaluate_noise(runs: Path, name: str) -> None:
     """Mean returns from the start of Pendulum that most lose, with noise on actions."""
-    for folder in sorted((runs / "runs").glob(f"{name}-Pendulum-v1-*/")):
-        if steps_done(folder) < STEPS:
-            continue
-        agent: Any = rl.load(folder / "last.pt", device="cpu")
-        returns = {}
-        for std in NOISES:
-            rng = np.random.default_rng(0)
-            environments = [gym.make("Pendulum-v1") for _ in range(20)]
-            observation = np.stack([each.reset(seed=HARDEST)[0] for each in environments])
-            total = 0.0
-            for _ in range(200):
-                action, _ = agent.predict(observation, deterministic=True)
-                action = (action + 2 * std * rng.standard_normal(action.shape)).clip(-2, 2)
-                steps = [one.step(a) for one, a in zip(environments, action, strict=True)]
-                observation = np.stack([step[0] for step in steps])
-                total += np.mean([step[1] for step in steps])
-            returns[f"{std}"] = float(total)
-        store(NAME, f"noise: {folder.name}", {"returns": returns})
+    for folder, agent in finished(runs, "Pendulum-v1", name):
+        returns = {
+            f"{std}": sum(
+                float(np.mean([step[1] for step in steps]))
+                for steps in episodes(agent, "Pendulum-v1", [HARDEST] * 20, std)
+            )
+            for std in NOISES
+        }
+        store(NAME, f"noise: {folder}", {"returns": returns})
+
+
+def evaluate_reaching(runs: Path, name: str) -> None:
+    """Of which parts the return of Reacher is, and how close the finger stays at the end."""
+    for folder, agent in finished(runs, "Reacher-v5", name):
+        parts = np.array(
+            [
+                np.mean([[step[4][part] for part in PARTS] for step in steps], 0)
+                for steps in episodes(agent, "Reacher-v5", range(10_000, 10_100))
+            ]
+        )
+        distance, control = parts.sum(0).tolist()
+        record = {"distance": distance, "control": control, "end": -parts[-20:, 0].mean().item()}
+        store(NAME, f"reaching: {folder}", record)
 
 
 def keep(folder: Path, variant: str) -> None:
@@ -256,7 +288,7 @@ def report() -> None:
         means = [sum(run[label] for run in found_by) / len(found_by) for label in CHOICES]
         shown = " | ".join(_number(mean) for mean in means)
         lines.append(f"| {agent} | {env} | {len(found_by)} | {shown} |")
-    lines += _noise_lines(found) + _values_lines(found)
+    lines += _noise_lines(found) + _reaching_lines(found) + _values_lines(found)
     (FOLDER.parent / f"{NAME}.md").write_text("\n".join(lines) + "\n")
 
 
@@ -282,6 +314,34 @@ def _noise_lines(found: dict[str, Any]) -> list[str]:
         "",
         f"| agent | {' | '.join(f'noise {std:g}' if std else 'no noise' for std in NOISES)} |",
         "|---" * (1 + len(NOISES)) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _reaching_lines(found: dict[str, Any]) -> list[str]:
+    asked: dict[str, list[dict[str, float]]] = {}
+    for key, record in found.items():
+        if key.startswith("reaching"):
+            asked.setdefault(_parts(key)[0], []).append(record)
+    if not asked:
+        return []
+    rows = [
+        [
+            agent,
+            *(", ".join(f"{run[part]:.2f}" for run in by) for part in ("distance", "control")),
+            ", ".join(f"{1000 * run['end']:.0f}" for run in by),
+        ]
+        for agent, by in asked.items()
+    ]
+    return [
+        "",
+        "## What Reacher's return is made of",
+        "",
+        "The table's own agents as they ended, each seed, means of 100 episodes: what distance "
+        "and what effort cost, and the distance over the last 20 of 50 steps.",
+        "",
+        "| agent | distance | effort | distance at the end, mm |",
+        "|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
 
@@ -350,6 +410,9 @@ def main() -> None:
         if "Pendulum-v1" in arguments.envs:
             for name in AGENTS:
                 evaluate_noise(arguments.trained, name)
+        if "Reacher-v5" in arguments.envs:
+            for name in AGENTS:
+                evaluate_reaching(arguments.trained, name)
     train = not (arguments.report_only or arguments.trained)
     grid = itertools.product(arguments.seeds, arguments.variants, arguments.envs)
     for seed, variant, env in grid if train else []:
