@@ -51,6 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharper, noise, slow copy acts": STEADY,
     "sharper, less noise, slow copy acts": {**STEADY, "noise": 0.05},
     "sharper, slow copy acts": {**STEADY, "noise": 0.0},
+    "sharper, noise, slow copy acts, policy at every update, all states": {
+        **STEADY,
+        "policy_period": 1,
+        "policy_states": 256,
+    },
     "sharper, noise, slow copies act and draw targets": {**STEADY, "target_from_average": True},
     "sharper, noise, slow copy acts, relu": {**STEADY, "critic_activation": "relu"},
     "sharper, floor of 8": {**SHARPER, "min_ess": 8.0},
