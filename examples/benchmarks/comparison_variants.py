@@ -103,29 +103,48 @@ HARDEST = 10_004  # seed of a start of the evaluations
 NOISES = 0.0, 0.05, 0.1  # standard deviations on Pendulum's action within [-1, 1]
 PARTS = "reward_dist", "reward_ctrl"  # of Reacher's reward
 DRAWS = 64  # of the same chain, from fixed starts, of which a choice makes one action
-CHOICES: dict[str, Callable[[Tensor], Tensor]] = {
-    "best of 10": lambda q: best(q[:, :10], q.shape[1]),  # what the table has
-    "best of 64": lambda q: best(q, q.shape[1]),
-    "mean of 64": lambda q: torch.full_like(q, 1 / q.shape[1]),
-    "mean of the best 16 of 64": lambda q: (q >= q.topk(16).values[:, -1:]) / 16,
-    "weights exp(Q / 0.1 s)": lambda q: (q / (0.1 * q.std(1, keepdim=True) + 1e-9)).softmax(1),
-    "weights exp(Q / s)": lambda q: (q / (q.std(1, keepdim=True) + 1e-9)).softmax(1),
+ABOUT = 8  # actions about each of the first ten draws
+
+
+def best(q: Tensor) -> Tensor:
+    """Weight 1 for the first draw that has the highest value, else 0."""
+    return torch.nn.functional.one_hot(q.argmax(1), q.shape[1]).to(q.dtype)
+
+
+# Which draws, and their weights by their values; those from number 64 are about the first ten.
+CHOICES: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "best of 10": (slice(10), best),  # what the table has
+    "best of 64": (slice(DRAWS), best),
+    "best of 10 and 80 about them": ([*range(10), *range(DRAWS, DRAWS + 10 * ABOUT)], best),
+    "mean of 64": (slice(DRAWS), lambda q: torch.full_like(q, 1 / q.shape[1])),
+    "mean of the best 16 of 64": (
+        slice(DRAWS),
+        lambda q: (q >= q.topk(16).values[:, -1:]) / 16,
+    ),
+    "weights exp(Q / 0.1 s)": (
+        slice(DRAWS),
+        lambda q: (q / (0.1 * q.std(1, keepdim=True) + 1e-9)).softmax(1),
+    ),
+    "weights exp(Q / s)": (
+        slice(DRAWS),
+        lambda q: (q / (q.std(1, keepdim=True) + 1e-9)).softmax(1),
+    ),
 }
 
 
-def best(q: Tensor, n: int) -> Tensor:
-    """Weight 1 for the first of n draws that has the highest value, else 0."""
-    return torch.nn.functional.one_hot(q.argmax(1), n).to(q.dtype)
-
-
-def choosing(agent: Any, weigh: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def choosing(agent: Any, which: Any, weigh: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Actions that are weighted means of fixed draws, weighted by their values."""
-    starts = torch.randn(DRAWS, agent.action_dim, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randn(DRAWS, agent.action_dim, generator=generator)
     starts[: len(agent._starts)] = agent._starts
+    steps = 0.2 * torch.randn(10, ABOUT, agent.action_dim, generator=generator)
+    policy = agent.policy if agent.average is None else agent.average
 
     @torch.no_grad()
     def exploit(observation: Tensor) -> Tensor:
-        draws = agent.policy.flow(observation, starts)
+        draws = policy.flow(observation, starts)
+        about = (draws[:, :10].unsqueeze(2) + steps).clamp(-1.0, 1.0).flatten(1, 2)
+        draws = torch.cat([draws, about], 1)[:, which]
         weights = weigh(agent.critic.minimum(observation.unsqueeze(1), draws))
         return (weights.unsqueeze(-1) * draws).sum(1)
 
@@ -136,8 +155,8 @@ def evaluate_choices(runs: Path, env: str, name: str) -> None:
     """Returns of the table's agents, last of their runs, by each choice among draws."""
     for folder, agent in finished(runs, env, name):
         returns = {}
-        for label, weigh in CHOICES.items():
-            agent.exploit = choosing(agent, weigh)
+        for label, (which, weigh) in CHOICES.items():
+            agent.exploit = choosing(agent, which, weigh)
             returns[label] = rl.evaluate(agent, env).mean
         store(NAME, f"choices: {folder}", {"returns": returns})
 
@@ -295,7 +314,7 @@ def report() -> None:
             "",
             "The table's own agents as they ended, evaluated by another choice among their draws: "
             "means over seeds of 20 episodes. s is the standard deviation of Q over a state's "
-            "draws.",
+            "draws; actions about a draw have normal steps of 0.2.",
             "",
             "| agent | task | seeds | " + " | ".join(CHOICES) + " |",
             "|---" * (3 + len(CHOICES)) + "|",
