@@ -95,7 +95,7 @@ READING = (
     "**What is lost on Reacher** is distance, not effort: SAC keeps the finger closest to its "
     "aim, SDAC comes next (below). Candidates that are tried about its actions and ranked by its "
     "critics reach no closer, so it is they that are less sharp there. SDAC is as fast as SAC for "
-    "30,000 steps and then stands still. A higher target entropy, which keeps the temperature up, "
+    "30,000 steps and slower afterwards. A higher target entropy, which keeps the temperature up, "
     "a policy that learns at every update from all states of a batch, and critics with ReLU end "
     "no higher."
 )
