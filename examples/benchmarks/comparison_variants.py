@@ -57,6 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "policy_states": 256,
     },
     "sharper, noise, slow copy acts, target entropy -0.7": {**STEADY, "target_entropy": -0.7},
+    "steady, floor of 8": {**STEADY, "min_ess": 8.0},
+    "steady, policy at every update": {**STEADY, "policy_period": 1, "temperature_lr": 1.5e-3},
     "sharper, noise, slow copies act and draw targets": {**STEADY, "target_from_average": True},
     "sharper, noise, slow copy acts, relu": {**STEADY, "critic_activation": "relu"},
     "sharper, floor of 8": {**SHARPER, "min_ess": 8.0},
@@ -85,7 +87,12 @@ READING = (
     "whose values their critics learn, nobody gets up at once from the hardest of these starts, "
     "SAC neither (below): its own noise is cut where its policy saturates. To take two is right "
     "for the policy with noise, wrong for the one without that is evaluated. But noise is not all "
-    "of it: with half of it, or none, the setbacks are as many. They come late, while critics "
+    "of it: with half of it, or none, the setbacks are as many. The other part is a temperature "
+    "that falls too far. With five steps the entropy that it is tuned by is an upper bound, which "
+    "stays above its target, so the temperature falls until the floor of the effective number of "
+    "candidates, 2 of 32, holds it; then the best of all candidates is the aim, it moves faster "
+    "than the policy follows, and the policy can fail outright ([seed 2](comparison.md)). With a "
+    "floor of 8 the setbacks are gone but for one evaluation. They come late, while critics "
     "promise ever more than follows (below). Plain critics with the slower policy, of SDAC and of "
     "DPMD alike, do as well as SAC, and are far behind on HalfCheetah. Against the setbacks were "
     "also tried: rates that fall towards the end, as in the published code; targets from slow "
