@@ -77,7 +77,7 @@ READING = (
     "**What was taken from it.** In the table SDAC has plain critics, a policy as fast as they "
     "are, half of its candidates about the clean action, noise on its actions, and a slow copy of "
     "its policy that acts. The first three make it one of the highest on HalfCheetah; the last "
-    "two, which the published code has too, took most of the late setbacks on Pendulum away and "
+    "two, which the published code has too, took some of the late setbacks on Pendulum away and "
     "changed little elsewhere. DPMD keeps normalised critics and its slower policy: on "
     "HalfCheetah it ends at a third of its return without the former, at half of it with a faster "
     "one.\n\n"
