@@ -92,7 +92,8 @@ READING = (
     "stays above its target, so the temperature falls until the floor of the effective number of "
     "candidates, 2 of 32, holds it; then the best of all candidates is the aim, "
     "and the policy can fail outright ([seed 2](comparison.md)). With a "
-    "floor of 8 the setbacks are gone but for one evaluation. They come late, while critics "
+    "floor of 8 the setbacks are gone but for one evaluation of one seed, and HalfCheetah is "
+    "slower: something between is not tried yet. Setbacks come late, while critics "
     "promise ever more than follows (below). Plain critics with the slower policy, of SDAC and of "
     "DPMD alike, do as well as SAC, and are far behind on HalfCheetah. Against the setbacks were "
     "also tried: rates that fall towards the end, as in the published code; targets from slow "
@@ -309,11 +310,7 @@ def report() -> None:
                 ", ".join(_number(sum(returns[-5:]) / 5) for returns in runs),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    chosen: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for key, record in found.items():
-        if key.startswith("choices"):
-            agent, env = _parts(key)
-            chosen.setdefault((agent, env), []).append(record["returns"])
+    chosen = _asked(found, "choices")
     if chosen:
         lines += [
             "",
@@ -327,7 +324,8 @@ def report() -> None:
             "|---" * (3 + len(CHOICES)) + "|",
         ]
     for (agent, env), found_by in chosen.items():
-        means = [sum(run[label] for run in found_by) / len(found_by) for label in CHOICES]
+        returns = [record["returns"] for record in found_by]
+        means = [sum(run[label] for run in returns) / len(returns) for label in CHOICES]
         shown = " | ".join(_number(mean) for mean in means)
         lines.append(f"| {agent} | {env} | {len(found_by)} | {shown} |")
     lines += _noise_lines(found) + _reaching_lines(found) + _values_lines(found)
@@ -335,15 +333,12 @@ def report() -> None:
 
 
 def _noise_lines(found: dict[str, Any]) -> list[str]:
-    asked: dict[str, list[dict[str, float]]] = {}
-    for key, record in found.items():
-        if key.startswith("noise"):
-            asked.setdefault(_parts(key)[0], []).append(record["returns"])
+    asked = _asked(found, "noise")
     if not asked:
         return []
     rows = [
-        [agent, *(", ".join(f"{run[f'{std}']:.0f}" for run in by_seed) for std in NOISES)]
-        for agent, by_seed in asked.items()
+        [agent, *(", ".join(f"{run['returns'][f'{std}']:.0f}" for run in by) for std in NOISES)]
+        for (agent, _), by in asked.items()
     ]
     return [
         "",
@@ -361,10 +356,7 @@ def _noise_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _reaching_lines(found: dict[str, Any]) -> list[str]:
-    asked: dict[str, list[dict[str, float]]] = {}
-    for key, record in found.items():
-        if key.startswith("reaching"):
-            asked.setdefault(_parts(key)[0], []).append(record)
+    asked = _asked(found, "reaching")
     if not asked:
         return []
     rows = [
@@ -373,7 +365,7 @@ def _reaching_lines(found: dict[str, Any]) -> list[str]:
             *(", ".join(f"{run[part]:.2f}" for run in by) for part in ("distance", "control")),
             ", ".join(f"{1000 * run['end']:.0f}" for run in by),
         ]
-        for agent, by in asked.items()
+        for (agent, _), by in asked.items()
     ]
     return [
         "",
@@ -390,11 +382,9 @@ def _reaching_lines(found: dict[str, Any]) -> list[str]:
 
 def _values_lines(found: dict[str, Any]) -> list[str]:
     asked: dict[str, dict[str, list[str]]] = {}
-    for key, record in found.items():
-        if key.startswith("values"):
-            agent, env = _parts(key)
-            shown = f"{record['promised']:.0f} for {record['outcome']:.0f}"
-            asked.setdefault(agent, {}).setdefault(env, []).append(shown)
+    for (agent, env), by in _asked(found, "values").items():
+        shown = [f"{run['promised']:.0f} for {run['outcome']:.0f}" for run in by]
+        asked.setdefault(agent, {})[env] = shown
     if not asked:
         return []
     envs = [env for env in TASKS if any(env in by for by in asked.values())]
@@ -415,10 +405,14 @@ def _values_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _parts(key: str) -> tuple[str, str]:
-    """Agent and environment of a run of the table."""
-    agent, rest = key.partition(": ")[2].split("-", 1)
-    return agent, rest.rsplit("-", 1)[0]
+def _asked(found: dict[str, Any], what: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What was asked of the table's agents: records of all seeds by agent and environment."""
+    asked: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, record in found.items():
+        if key.startswith(f"{what}: "):
+            agent, rest = key.partition(": ")[2].split("-", 1)
+            asked.setdefault((agent, rest.rsplit("-", 1)[0]), []).append(record)
+    return asked
 
 
 def _number(value: float) -> str:
