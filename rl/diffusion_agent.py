@@ -31,11 +31,21 @@ from rl.off_policy import NextAction, OffPolicyAgent, _slow_copy
 from rl.policies import ActionSource, ChainName, DiffusionPolicy
 from rl.replay import Batch, ReplayBuffer
 from rsm_sampler.denoisers import Prediction
-from rsm_sampler.schedules import Cosine, DiscreteSchedule, Linear, VariancePreserving
+from rsm_sampler.schedules import (
+    Cosine,
+    DiscreteSchedule,
+    Geometric,
+    Linear,
+    VariancePreserving,
+)
 
 __all__ = ["DiffusionAgent", "DiffusionConfig", "kappa_path"]
 
-ScheduleName = Literal["cosine", "linear", "vp"]
+ScheduleName = Literal["cosine", "linear", "vp", "geometric"]
+
+# Lowest and highest level of the geometric schedule: as sharp as actions need to be, and so high
+# that a box of width 2 is hardly seen any more.
+RANGE = 0.1, 5.0
 
 # What the published code has in common for its two agents.
 PUBLISHED: dict[str, Any] = {
@@ -63,7 +73,7 @@ class DiffusionConfig(AgentConfig):
 
     Attributes:
         num_steps: Steps T of the chain.
-        schedule: ``"cosine"``, ``"linear"`` or ``"vp"``.
+        schedule: ``"cosine"``, ``"linear"``, ``"vp"`` or ``"geometric"``, from 0.1 to 5.
         schedule_scale: Factor on its rates.
         prediction: What the network's output means; see :mod:`rsm_sampler.denoisers`.
         start_scale: Factor on the noise from which a chain starts (1/2 in published code).
@@ -76,6 +86,8 @@ class DiffusionConfig(AgentConfig):
         target_from_average: Whether slow copies of policy and critics draw and rank the target's
             actions.
         noise: Standard deviation of normal noise on acting and target actions.
+        target_noise: Whether target actions have this noise. Without it critics learn what the
+            policy itself is worth.
         persistence: Correlation of the random numbers behind an action with those behind the one
             before it. Each action follows the policy's law as ever, but what is tried is kept up
             for about 1/(1 - persistence) steps, where single steps lead nowhere. Only with one
@@ -99,6 +111,7 @@ class DiffusionConfig(AgentConfig):
     behaviour_from_average: bool = False
     target_from_average: bool = False
     noise: float = 0.0
+    target_noise: bool = True
     persistence: float = 0.0
     kappa: float | None = None
     kappa_entropy: float = -0.9
@@ -130,8 +143,10 @@ class DiffusionConfig(AgentConfig):
         for name in ("schedule_scale", "start_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.schedule == "vp" and self.schedule_scale != 1:
-            raise ValueError(f"schedule_scale must be 1 for 'vp', got {self.schedule_scale}")
+        if self.schedule in ("vp", "geometric") and self.schedule_scale != 1:
+            raise ValueError(
+                f"schedule_scale must be 1 for {self.schedule!r}, got {self.schedule_scale}"
+            )
         if self.kappa is not None and not self.kappa > 0:
             raise ValueError(f"kappa must be positive or None, got {self.kappa}")
         for name, allowed in (
@@ -149,6 +164,8 @@ class DiffusionConfig(AgentConfig):
         """The T noise levels."""
         if self.schedule == "vp":
             return VariancePreserving(self.num_steps)
+        if self.schedule == "geometric":
+            return DiscreteSchedule.through(Geometric(*RANGE).sigmas(self.num_steps)[:-1].flip(0))
         kind = Cosine if self.schedule == "cosine" else Linear
         return kind(self.num_steps, scale=self.schedule_scale)
 
@@ -263,9 +280,9 @@ class DiffusionAgent(OffPolicyAgent):
         policy = self.policy if self.average is None else self.average
         if self.config.persistence > 0:
             return self._persistent(policy, observation)
-        return self._noisy_best(
-            policy, observation, self.config.behaviour_candidates, self.acting_generator
-        )
+        m = self.config.behaviour_candidates
+        action = self._best_of(policy, observation, m, self.acting_generator)
+        return self._perturbed(action, self.acting_generator)
 
     def _persistent(self, policy: DiffusionPolicy, observation: Tensor) -> Tensor:
         """A draw whose chain has random numbers that change slowly from call to call."""
@@ -293,14 +310,16 @@ class DiffusionAgent(OffPolicyAgent):
         m, slow = self.config.target_candidates, self.target_policy
         policy, critic = (self.policy, self.critic) if slow is None else (slow, self.target_critic)
         states = self._states(batch)
-        return NextAction(self._noisy_best(policy, states, m, self.generator, critic))
+        action = self._best_of(policy, states, m, self.generator, critic)
+        noisy = self._perturbed(action, self.generator) if self.config.target_noise else action
+        return NextAction(noisy, without_noise=None if noisy is action else action)
 
     def _states(self, batch: Batch) -> Tensor:
         """The next states, or the state itself where none follows, for no policy acts there."""
         over = batch.terminated.unsqueeze(-1) > 0
         return torch.where(over, batch.observation, batch.next_observation)
 
-    def _noisy_best(
+    def _best_of(
         self,
         policy: ActionSource,
         observation: Tensor,
@@ -309,8 +328,7 @@ class DiffusionAgent(OffPolicyAgent):
         critic: Critic | None = None,
     ) -> Tensor:
         candidates = policy.sample(observation, m, generator=generator)
-        action = best_candidate(self.critic if critic is None else critic, observation, candidates)
-        return self._perturbed(action, generator)
+        return best_candidate(self.critic if critic is None else critic, observation, candidates)
 
     def _perturbed(self, action: Tensor, generator: torch.Generator) -> Tensor:
         """Actions with exploration noise."""

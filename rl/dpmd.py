@@ -208,11 +208,13 @@ class DPMD(DiffusionAgent):
             return super().next_action(batch, with_policy)._replace(draws=draws)
         again = observation[:n].repeat_interleave(more - 1, 0)
         both = torch.cat([observation, again])
-        action = self.policy.sample(both, 1, generator=self.generator)[:, 0]
-        action = self._perturbed(action, self.generator)
+        clean = self.policy.sample(both, 1, generator=self.generator)[:, 0]
+        action = self._perturbed(clean, self.generator)
         first, rest = action[: len(observation)], action[len(observation) :]
         draws = torch.cat([first[:n].unsqueeze(1), rest.view(n, more - 1, -1)], 1)
-        return NextAction(first, draws=draws)
+        if action is clean or not config.target_noise:
+            return NextAction(clean[: len(observation)], draws=draws)
+        return NextAction(first, draws=draws, without_noise=clean[: len(observation)])
 
     def _states(self, batch: Batch) -> Tensor:
         """Where actions are drawn; as published, terminal states too."""

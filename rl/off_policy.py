@@ -36,11 +36,18 @@ class NextAction(NamedTuple):
         entropy_cost: What their values lose to entropy, (n) or a number.
         draws: Several actions of some of these states for the policy's loss, (states, draws,
             action_dim); None where that loss needs none.
+        without_noise: The actions before noise was added to them; None where none was.
     """
 
     action: Tensor
     entropy_cost: Tensor | float = 0.0
     draws: Tensor | None = None
+    without_noise: Tensor | None = None
+
+    @property
+    def of_policy(self) -> Tensor:
+        """The actions as the policy drew them, (n, action_dim)."""
+        return self.action if self.without_noise is None else self.without_noise
 
 
 class Alone:

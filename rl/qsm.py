@@ -360,7 +360,7 @@ class QSM(DiffusionAgent):
         if config.score != "noised":
             return {}
         entropy = self._entropy(
-            self.policy.denoiser, drawn.action, self._states(batch), generator=self.generator
+            self.policy.denoiser, drawn.of_policy, self._states(batch), generator=self.generator
         )
         if config.temperature_rule == "entropy":
             floor = min(config.min_ess, config.num_draws / 2)

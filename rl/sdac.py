@@ -21,9 +21,19 @@ within 1.
 
 K candidates cannot make a policy sharper than they can tell: with the best of 32 uniform draws in
 six dimensions alone it keeps an entropy of 0.4 per dimension, whatever the temperature. So lambda
-is kept where the weights are worth ``min_ess`` candidates at least; without this floor it would
-run away to 0. For a sharper policy a share of the candidates is drawn about the action that
-:math:`a_t` is a noised version of (``anchor_share``), or they all walk (``anneal_stages``).
+is kept where the weights are worth a number of candidates (``min_ess``) at least; without this
+floor it would run away to 0. In one dimension or two the candidates themselves tell when there is
+too little entropy. Where K uniform draws are worth more than
+
+.. math:: K_{\min} = K\, e^{d_a (H - \log 2)}
+
+of a law, it has more entropy than H per dimension: its Kullback-Leibler divergence from the
+uniform law, :math:`d_a \log 2` less its entropy, is at most that of Renyi's second order, which is
+:math:`\log (K / K_{\rm eff})` for many draws. With few steps the denoising error sees more entropy
+than there is, and lambda would fall until one candidate counts; so by default the floor is
+:math:`K_{\min}` for the target entropy, and 2 where that is less. For a sharper policy a share of
+the candidates is drawn about the action that :math:`a_t` is a noised version of
+(``anchor_share``), or they all walk (``anneal_stages``).
 
 Note:
     Deviations of the preset ``"official"`` from the equations are those of the published code: the
@@ -85,7 +95,8 @@ class SDACConfig(DiffusionConfig):
             [-1, 1] has 0.69, a normal one of standard deviation 0.1 has -0.88.
         temperature_lr: Rate of log lambda.
         min_ess: Effective number of candidates, averaged over the batch, below which lambda is
-            raised however much entropy there is; at most half of K counts.
+            raised however much entropy there is; at most half of K counts. None: what a law of
+            the target entropy is worth, and at least 2.
         soft_target: Whether the target subtracts lambda times the log-probability of its action,
             estimated by the density of the exploration noise. Off, because that is the same number
             for every state: a bonus or penalty for staying alive and nothing else.
@@ -103,7 +114,7 @@ class SDACConfig(DiffusionConfig):
     temperature_rule: TemperatureRule = "entropy"
     target_entropy: float = -0.9
     temperature_lr: float = 3e-3
-    min_ess: float = 2.0
+    min_ess: float | None = None
     soft_target: bool = False
     critic_layer_norm: bool = True
 
@@ -140,7 +151,7 @@ class SDACConfig(DiffusionConfig):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not 0 <= self.temperature_lr < 1:
             raise ValueError(f"temperature_lr must be in [0, 1), got {self.temperature_lr}")
-        if not 0 < self.min_ess < math.inf:
+        if self.min_ess is not None and not 0 < self.min_ess < math.inf:
             raise ValueError(f"min_ess must be positive and finite, got {self.min_ess}")
         for name, allowed in (("proposal", ProposalName), ("temperature_rule", TemperatureRule)):
             if getattr(self, name) not in get_args(allowed):
@@ -189,6 +200,11 @@ class SDAC(DiffusionAgent):
         one = torch.ones(self.action_dim, device=self.device)
         self._box = UniformProposal(-one, one, coordinates="variance_preserving")
         self._entropy = PolicyEntropy(self.policy.sigmas[1:], config.batch_size)
+        floor = config.min_ess
+        if floor is None:
+            share = math.exp(self.action_dim * (config.target_entropy - math.log(2)))
+            floor = max(2.0, config.num_draws * share)
+        self._floor = min(floor, config.num_draws / 2)
 
     @property
     def temperature(self) -> float:
@@ -270,11 +286,10 @@ class SDAC(DiffusionAgent):
         """The policy's entropy, and a step of the temperature."""
         config: SDACConfig = self.config
         entropy = self._entropy(
-            self.policy.denoiser, drawn.action, self._states(batch), generator=self.generator
+            self.policy.denoiser, drawn.of_policy, self._states(batch), generator=self.generator
         )
         if config.temperature_rule == "entropy":
-            floor = min(config.min_ess, config.num_draws / 2)
-            missing = missing_entropy(entropy, config.target_entropy, self._ess, floor)
+            missing = missing_entropy(entropy, config.target_entropy, self._ess, self._floor)
             self._log_temperature += config.temperature_lr * missing
         return {"entropy_per_dim": entropy, "temperature": self._log_temperature.exp()}
 
@@ -296,7 +311,8 @@ class SDAC(DiffusionAgent):
             return self._box.draw(len(sigma), sigma, generator=self.generator), clean
         if proposal in ("policy", "noised-policy"):
             m = self.config.target_candidates
-            clean = self._noisy_best(self.policy, observation, m, self.generator)
+            clean = self._best_of(self.policy, observation, m, self.generator)
+            clean = self._perturbed(clean, self.generator)
         if proposal == "policy":
             return clean * torch.hypot(sigma, torch.ones_like(sigma)).unsqueeze(-1), clean
         return forward_kernel(clean, sigma, generator=self.generator), clean

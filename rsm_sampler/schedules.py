@@ -171,6 +171,30 @@ class DiscreteSchedule(Schedule):
         rate[1:] = -torch.log1p(-betas).cumsum(0)
         self._cumulative_rate = {rate.device: rate}
 
+    @staticmethod
+    def through(sigmas: Shaped[Tensor, " steps"]) -> "DiscreteSchedule":
+        r"""The schedule of T given noise levels.
+
+        .. math:: \beta_t = 1 - \frac{1 + \sigma_{t-1}^2}{1 + \sigma_t^2}, \qquad \sigma_0 = 0
+
+        Arguments:
+            sigmas: The levels, rising, positive, finite, with shape :math:`(T)`.
+
+        Raises:
+            ValueError: If they are not.
+
+        Example:
+            >>> DiscreteSchedule.through(torch.tensor([0.1, 1.0])).sigmas()
+            tensor([1.0000, 0.1000, 0.0000], dtype=torch.float64)
+        """
+        levels = torch.as_tensor(sigmas).detach().to(device="cpu", dtype=torch.float64)
+        if levels.ndim != 1 or levels.numel() == 0:
+            raise ValueError(f"sigmas must have shape (num_steps,), got {tuple(levels.shape)}")
+        rate = torch.cat([torch.zeros(1, dtype=torch.float64), levels.square().log1p()]).diff()
+        if not bool((rate > 0).all() & rate.isfinite().all()):
+            raise ValueError(f"sigmas must rise from above 0 and be finite, got {levels.tolist()}")
+        return DiscreteSchedule(-torch.expm1(-rate))
+
     @property
     def num_steps(self) -> int:
         """The number of steps T."""

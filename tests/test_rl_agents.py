@@ -287,6 +287,33 @@ def test_entropy_of_normal_actions_has_no_noise_in_it(num_steps):
     assert exact - 0.02 < np.mean(entropies) < exact + 0.2
 
 
+@pytest.mark.parametrize("num_steps", [5, 20])
+def test_the_geometric_schedule_is_as_sharp_with_few_steps(num_steps):
+    sigmas = sdac(schedule="geometric", num_steps=num_steps).policy.sigmas
+    assert len(sigmas) == num_steps + 1
+    assert sigmas[[0, 1, -1]].tolist() == pytest.approx([0.0, 0.1, 5.0])
+    ratios = sigmas[2:] / sigmas[1:-1]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+
+
+@pytest.mark.parametrize("make", [sdac, dpmd])
+def test_noise_on_actions_is_no_entropy_of_the_policy(make):
+    agent, data = make(noise=0.1), batch()
+    agent.generator.manual_seed(3)
+    drawn = agent.next_action(data, True)
+    agent.config = dataclasses.replace(agent.config, noise=0.0)
+    agent.generator.manual_seed(3)
+    plain = agent.next_action(data, True)
+    assert torch.equal(drawn.of_policy, plain.action)
+    assert not torch.equal(drawn.action, plain.action)
+    if make is sdac:
+        entropies = []
+        for found in (drawn, NextAction(plain.action)):
+            agent.generator.manual_seed(3)
+            entropies.append(agent.after_policy_step(data, found)["entropy_per_dim"])
+        assert torch.equal(*entropies)
+
+
 def test_temperature_rises_while_entropy_is_missing():
     for target, sign in ((5.0, 1), (-5.0, -1)):
         agent = sdac(target_entropy=target, temperature_lr=0.01, min_ess=1e-3)
@@ -295,18 +322,33 @@ def test_temperature_rises_while_entropy_is_missing():
         assert sign * math.log(agent.temperature) == pytest.approx(0.01, rel=1e-6)
 
 
-def test_temperature_rises_where_the_candidates_do_not_suffice():
+@pytest.mark.parametrize(
+    ("min_ess", "target", "floor"),
+    [
+        (3.0, -5.0, 3.0),
+        (7.0, -5.0, SMALL["num_draws"] / 2),
+        (None, -5.0, 2.0),
+        (None, 0.3, SMALL["num_draws"] * math.exp(0.3 * ACT) / 2**ACT),  # 3.6
+    ],
+)
+def test_temperature_rises_where_the_candidates_do_not_suffice(min_ess, target, floor):
     """However much entropy there is: weights of one candidate tell nothing sharper."""
     for temperature, sign in ((1e-6, 1), (1e3, -1)):
-        agent = sdac(target_entropy=-5.0, temperature_lr=0.01, temperature=temperature)
+        agent = sdac(
+            target_entropy=target,
+            temperature_lr=0.01,
+            temperature=temperature,
+            min_ess=min_ess,
+        )
         before = math.log(agent.temperature)
         for _ in range(2):
             metrics = agent.update(filled_replay())
         ess = float(metrics["q_weight_ess"]) * agent.config.num_draws
-        floor = agent.config.min_ess
         assert (ess < floor) == (sign > 0)
+        missing = max(math.log(floor / ess), target - float(metrics["entropy_per_dim"]))
         step = math.log(agent.temperature) - before
-        assert sign * step == pytest.approx(0.01 * min(1, abs(math.log(floor / ess))), rel=1e-3)
+        assert step == pytest.approx(0.01 * max(-1, min(1, missing)), rel=1e-3)
+        assert min_ess is None or sign * step > 0
 
 
 @pytest.mark.parametrize(
@@ -541,8 +583,10 @@ def test_the_critic_follows_equation_28():
     agent.generator.set_state(generator)
     fresh = in_double(sdac(reward_scale=0.2, discount=0.9))
     fresh.generator.set_state(generator)
-    action, cost, _ = fresh.next_action(data, False)
-    assert cost == 0.0
+    drawn = fresh.next_action(data, False)
+    action = drawn.action
+    assert drawn.entropy_cost == 0.0
+    assert drawn.of_policy is action
     loss = 0.0
     for i in range(N):
         future = min(target.values(data.next_observation[i], action[i]).tolist())
@@ -728,6 +772,11 @@ def test_nothing_is_read_back_in_an_update():
         (SDACConfig, {"start_scale": 0.0}, "start_scale must be positive and finite, got 0.0"),
         (SDACConfig, {"schedule_scale": 3.0}, "betas must lie within"),
         (SDACConfig, {"schedule": "vp", "schedule_scale": 0.5}, "schedule_scale must be 1"),
+        (
+            SDACConfig,
+            {"schedule": "geometric", "schedule_scale": 2.0},
+            "must be 1 for 'geometric'",
+        ),
         (SDACConfig, {"min_ess": 0.0}, "min_ess must be positive and finite, got 0.0"),
         (SDACConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (SDACConfig, {"proposal": "none"}, "proposal must be one of .* got 'none'"),

@@ -42,6 +42,7 @@ GOLDEN = [
     ),
 ]
 DISCRETE = [row[0] for row in GOLDEN] + [Cosine(1), VariancePreserving(1000), Cosine(1000)]
+DISCRETE.append(DiscreteSchedule.through(torch.tensor([1e-3, 0.2, 1.0, 80.0])))
 CONTINUOUS = [Geometric(0.01, 160.0), EDM(0.002, 80.0), EDM(0.1, 10.0, rho=1.0)]
 SCHEDULES = DISCRETE + CONTINUOUS
 
@@ -128,6 +129,15 @@ def test_the_grid_of_a_discrete_schedule_holds_its_own_steps():
     torch.testing.assert_close(schedule.sigmas(5), schedule.sigmas()[::4], rtol=0, atol=0)
 
 
+@given(st.floats(1e-3, 1.0), st.lists(st.floats(1.01, 3.0), max_size=15))
+def test_a_schedule_has_the_levels_it_is_made_from(lowest, ratios):
+    levels = lowest * torch.tensor([1.0, *ratios], dtype=torch.float64).cumprod(0)
+    found = DiscreteSchedule.through(levels)
+    assert found.num_steps == len(levels)
+    # Rates up to 35, of relative errors of a few 1e-16, are summed and turned back.
+    torch.testing.assert_close(found.sigmas()[:-1].flip(0), levels, rtol=1e-12, atol=0)
+
+
 def test_the_grids_of_continuous_schedules_end_at_their_ends():
     assert EDM(0.002, 80.0).sigmas(18)[[0, -2]].tolist() == pytest.approx([80.0, 0.002], rel=1e-12)
     geometric = Geometric(0.01, 160.0).sigmas(9)
@@ -203,6 +213,10 @@ def test_the_rates_given_are_not_shared():
         (lambda: DiscreteSchedule(torch.tensor([0.5, math.nan])), "betas must lie within"),
         (lambda: DiscreteSchedule(torch.zeros(0)), r"shape \(num_steps,\), got \(0,\)"),
         (lambda: DiscreteSchedule(torch.zeros(2, 2)), r"got \(2, 2\)"),
+        (lambda: DiscreteSchedule.through(torch.zeros(2, 2)), r"must have shape .*\(2, 2\)"),
+        (lambda: DiscreteSchedule.through(torch.tensor([0.0, 1.0])), r"above 0.*\[0.0, 1"),
+        (lambda: DiscreteSchedule.through(torch.tensor([1.0, 1.0])), "rise from above 0"),
+        (lambda: DiscreteSchedule.through(torch.tensor([1.0, math.inf])), "be finite, got"),
         (lambda: Geometric(1.0, 0.1), "sigma_min must be less than sigma_max, got 1.0 and 0.1"),
         (lambda: Geometric(0.0, 1.0), "sigma_min must be positive and finite, got 0.0"),
         (lambda: Geometric(0.1, math.inf), "sigma_max must be finite, got inf"),

@@ -10,10 +10,11 @@ of 128, and, for so few updates, faster critics than the paper's. SAC and TD3 ha
 rates of critics and averaging, a policy as fast as the critics (1e-3), and critics without
 normalised layers, which their library does not have. So has SDAC, half of whose candidates are
 about the clean action besides, as in [its own results](results_sdac.md), whose actions have noise,
-and of whose policy a slow copy acts, both as in the published code: for this a seed that is not in
-the table spoke ([what was tried](comparison_variants.md)). Our other agents keep the policy's
-default rate (3e-4) and normalised critics; for DPMD the same seed spoke for that, the rest were
-not tried otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of ten. PPO
+of whose policy a slow copy acts, both as in the published code, and whose five noise levels are
+geometric: for this seeds that are not in the table spoke ([what was
+tried](comparison_variants.md)). Our other agents keep the policy's default rate (3e-4), normalised
+critics and cosine levels; for DPMD the same seeds spoke for that, the rest were not tried
+otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of ten. PPO
 and DPPO, which learn from rollouts, have their defaults, DPPO with the same widths, PPO
 observations that are standardised and rewards that are scaled, as DPPO has. Five seeds for SDAC,
 DPMD and SAC, three for the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20
@@ -59,14 +60,18 @@ YARDSTICK: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [128, 128]},
 }
 # Before the choice of :mod:`comparison_variants`, and what it chose.
-SHARED = {"sdac": {**SIZES, "num_draws": 32, "policy_states": 64}, "dpmd": SIZES}
+SHARED = {
+    "sdac": {**SIZES, "num_draws": 32, "policy_states": 64, "min_ess": 2.0},
+    "dpmd": SIZES,
+}
 PLAIN = {"policy_lr": 1e-3, "critic_layer_norm": False}
 SHARPER = {**PLAIN, "proposal": "next", "anchor_share": 0.5}
 NOISY = {**SHARPER, "noise": 0.1}
 STEADY = {**NOISY, "behaviour_from_average": True}
+CHOSEN = {**STEADY, "schedule": "geometric", "min_ess": None}
 # Seeds, and what is changed of the defaults.
 AGENTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "sdac": (5, {**SHARED["sdac"], **STEADY}),
+    "sdac": (5, {**SHARED["sdac"], **CHOSEN}),
     "dpmd": (5, SHARED["dpmd"]),
     "sac": (5, YARDSTICK),
     "qsm": (3, SIZES),

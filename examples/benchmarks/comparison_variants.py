@@ -23,13 +23,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from comparison import AGENTS, EVERY, NOISY, PLAIN, SHARED, SHARPER, STEADY, STEPS, TASKS
+from comparison import AGENTS, CHOSEN, EVERY, NOISY, PLAIN, SHARED, SHARPER, STEADY, STEPS, TASKS
 from results import FOLDER, load, store
 from torch import Tensor
 
 import rl
 from rl.comparison import read, steps_done
+from rsm_sampler.box_kernel import AnchoredKernel
 from rsm_sampler.checkpoint import CheckpointError
+from rsm_sampler.estimators import posterior_estimate
+from rsm_sampler.transitions import forward_kernel
 
 NAME, BASE = "comparison_variants", "base"
 SETTINGS = {**SHARED, "sac": AGENTS["sac"][1]}
@@ -57,11 +60,54 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "policy_states": 256,
     },
     "sharper, noise, slow copy acts, target entropy -0.7": {**STEADY, "target_entropy": -0.7},
+    "steady, floor of 4": {**STEADY, "min_ess": 4.0},
+    "steady, floor of 6.5": {**STEADY, "min_ess": 6.5},
     "steady, floor of 8": {**STEADY, "min_ess": 8.0},
+    "steady, best of 4": {**STEADY, "behaviour_candidates": 4, "target_candidates": 4},
+    "steady, floor of 6.5, all states": {**STEADY, "min_ess": 6.5, "policy_states": 256},
+    "steady, floor of 6.5, policy at every update, all states": {
+        **STEADY,
+        "min_ess": 6.5,
+        "policy_period": 1,
+        "policy_states": 256,
+    },
+    "steady, geometric": {**STEADY, "schedule": "geometric"},
+    "chosen": CHOSEN,
+    "chosen, no noise": {**CHOSEN, "noise": 0.0},
+    "chosen, noise of acting alone": {**CHOSEN, "target_noise": 0.0},
+    "steady, floor of 6.5, no noise": {**STEADY, "min_ess": 6.5, "noise": 0.0},
+    "steady, floor of 6.5, best of 4": {
+        **STEADY,
+        "min_ess": 6.5,
+        "behaviour_candidates": 4,
+        "target_candidates": 4,
+    },
+    "steady, floor of 6.5, no noise, best of 4": {
+        **STEADY,
+        "min_ess": 6.5,
+        "noise": 0.0,
+        "behaviour_candidates": 4,
+        "target_candidates": 4,
+    },
+    "steady, floor of 8, more noise": {**STEADY, "min_ess": 8.0, "noise": 0.2},
+    "steady, floor of 8, policy at every update": {
+        **STEADY,
+        "min_ess": 8.0,
+        "policy_period": 1,
+    },
+    "steady, floor of 8, more draws": {**STEADY, "min_ess": 8.0, "num_draws": 128},
+    "steady, floor of 8, best of 4": {
+        **STEADY,
+        "min_ess": 8.0,
+        "behaviour_candidates": 4,
+        "target_candidates": 4,
+    },
+    "steady, floor of 8, best of 4 acts": {**STEADY, "min_ess": 8.0, "behaviour_candidates": 4},
     "steady, policy at every update": {**STEADY, "policy_period": 1, "temperature_lr": 1.5e-3},
     "sharper, noise, slow copies act and draw targets": {**STEADY, "target_from_average": True},
     "sharper, noise, slow copy acts, relu": {**STEADY, "critic_activation": "relu"},
     "sharper, floor of 8": {**SHARPER, "min_ess": 8.0},
+    "geometric": {"schedule": "geometric"},
     "relu": {"critic_layer_norm": False, "critic_activation": "relu"},
     "more draws": {**PLAIN, "num_draws": 128},
     "falling": FALLING,
@@ -110,8 +156,10 @@ READING = (
 HARDEST = 10_004  # seed of a start of the evaluations
 NOISES = 0.0, 0.05, 0.1  # standard deviations on Pendulum's action within [-1, 1]
 PARTS = "reward_dist", "reward_ctrl"  # of Reacher's reward
+MEASURED = "distance", "noise", "ess"  # of a policy and its aim
 DRAWS = 64  # of the same chain, from fixed starts, of which a choice makes one action
 ABOUT = 8  # actions about each of the first ten draws
+REPEATS = 16  # of what a policy is regressed on, to tell its mean from its noise
 
 
 def best(q: Tensor) -> Tensor:
@@ -258,6 +306,44 @@ def evaluate_reaching(runs: Path, name: str) -> None:
         store(NAME, f"reaching: {folder}", record)
 
 
+def evaluate_following(runs: Path, env: str) -> None:
+    """How far SDAC's policy is from what it is regressed on, at the states that it comes to."""
+    for folder, agent in finished(runs, env, "sdac"):
+        walked = [
+            np.stack([step[0] for step in steps])
+            for steps in episodes(agent, env, range(10_000, 10_020))
+        ]
+        observation = torch.from_numpy(np.concatenate(walked[::5])).float()
+        policy = agent.policy if agent.average is None else agent.average
+        draw = torch.Generator().manual_seed(0)
+        clean = policy.sample(observation, 1, generator=draw).squeeze(1).clamp(-1.0, 1.0)
+        t = torch.randint(1, agent.config.num_steps + 1, (len(clean),), generator=draw)
+        sigma = agent.policy.sigmas[t]
+        x_t = forward_kernel(clean, sigma, generator=draw)
+        kernel = AnchoredKernel(clean, -1.0, 1.0, share=agent.config.anchor_share)
+
+        def energy(
+            action: Tensor, agent: Any = agent, observation: Tensor = observation
+        ) -> Tensor:  # bound now: the loop goes on
+            return -agent.critic.minimum(observation.unsqueeze(1), action) / agent.temperature
+
+        with torch.no_grad():
+            estimates = [
+                posterior_estimate(
+                    energy, x_t, sigma, kernel, agent.config.num_draws, generator=draw
+                )
+                for _ in range(REPEATS)
+            ]
+            found = policy.denoiser(x_t, sigma, observation)
+        aims = torch.stack([estimate.mean for estimate in estimates])
+        record = {
+            "distance": (found - aims.mean(0)).square().mean().sqrt().item(),
+            "noise": aims.var(0).mean().sqrt().item(),
+            "ess": torch.stack([estimate.ess for estimate in estimates]).mean().item(),
+        }
+        store(NAME, f"following: {folder}", record)
+
+
 def keep(folder: Path, variant: str) -> None:
     """Store what is finished in a folder of runs."""
     with suppress(CheckpointError):  # nothing is there yet
@@ -328,7 +414,8 @@ def report() -> None:
         means = [sum(run[label] for run in returns) / len(returns) for label in CHOICES]
         shown = " | ".join(_number(mean) for mean in means)
         lines.append(f"| {agent} | {env} | {len(found_by)} | {shown} |")
-    lines += _noise_lines(found) + _reaching_lines(found) + _values_lines(found)
+    lines += _noise_lines(found) + _following_lines(found)
+    lines += _reaching_lines(found) + _values_lines(found)
     (FOLDER.parent / f"{NAME}.md").write_text("\n".join(lines) + "\n")
 
 
@@ -351,6 +438,29 @@ def _noise_lines(found: dict[str, Any]) -> list[str]:
         "",
         f"| agent | {' | '.join(f'noise {std:g}' if std else 'no noise' for std in NOISES)} |",
         "|---" * (1 + len(NOISES)) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _following_lines(found: dict[str, Any]) -> list[str]:
+    asked = _asked(found, "following")
+    if not asked:
+        return []
+    rows = [
+        [env, *(", ".join(f"{run[part]:.2g}" for run in by) for part in MEASURED)]
+        for (_, env), by in asked.items()
+    ]
+    return [
+        "",
+        "## How far SDAC's policy is from its aim",
+        "",
+        "The table's own agents as they ended, at states of 20 episodes: root mean squares of "
+        "the distance from what the denoiser returns to the mean of the estimates that it is "
+        "regressed on, and of the noise of one of those, both per dimension of the action; and "
+        "their mean effective number of candidates; each seed.",
+        "",
+        "| task | distance | noise | candidates |",
+        "|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
 
@@ -440,6 +550,8 @@ def main() -> None:
         for env in arguments.envs:
             for name in [name for name in arguments.agents if name in SHARED]:
                 evaluate_choices(arguments.trained, env, name)
+            if "sdac" in arguments.agents:
+                evaluate_following(arguments.trained, env)
         for env in {*arguments.envs} & {"Pendulum-v1", "HalfCheetah-v5"}:  # they end in time alone
             for name in [name for name in AGENTS if name not in ("ppo", "dppo")]:
                 evaluate_values(arguments.trained, env, name)
