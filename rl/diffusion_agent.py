@@ -86,8 +86,6 @@ class DiffusionConfig(AgentConfig):
         target_from_average: Whether slow copies of policy and critics draw and rank the target's
             actions.
         noise: Standard deviation of normal noise on acting and target actions.
-        target_noise: Whether target actions have this noise. Without it critics learn what the
-            policy itself is worth.
         persistence: Correlation of the random numbers behind an action with those behind the one
             before it. Each action follows the policy's law as ever, but what is tried is kept up
             for about 1/(1 - persistence) steps, where single steps lead nowhere. Only with one
@@ -111,7 +109,6 @@ class DiffusionConfig(AgentConfig):
     behaviour_from_average: bool = False
     target_from_average: bool = False
     noise: float = 0.0
-    target_noise: bool = True
     persistence: float = 0.0
     kappa: float | None = None
     kappa_entropy: float = -0.9
@@ -311,7 +308,7 @@ class DiffusionAgent(OffPolicyAgent):
         policy, critic = (self.policy, self.critic) if slow is None else (slow, self.target_critic)
         states = self._states(batch)
         action = self._best_of(policy, states, m, self.generator, critic)
-        noisy = self._perturbed(action, self.generator) if self.config.target_noise else action
+        noisy = self._perturbed(action, self.generator)
         return NextAction(noisy, without_noise=None if noisy is action else action)
 
     def _states(self, batch: Batch) -> Tensor:

@@ -212,9 +212,8 @@ class DPMD(DiffusionAgent):
         action = self._perturbed(clean, self.generator)
         first, rest = action[: len(observation)], action[len(observation) :]
         draws = torch.cat([first[:n].unsqueeze(1), rest.view(n, more - 1, -1)], 1)
-        if action is clean or not config.target_noise:
-            return NextAction(clean[: len(observation)], draws=draws)
-        return NextAction(first, draws=draws, without_noise=clean[: len(observation)])
+        without_noise = None if action is clean else clean[: len(observation)]
+        return NextAction(first, draws=draws, without_noise=without_noise)
 
     def _states(self, batch: Batch) -> Tensor:
         """Where actions are drawn; as published, terminal states too."""
