@@ -2,6 +2,7 @@
 
     python examples/benchmarks/comparison.py --jobs 2      # hours; it goes on where it stopped
     python examples/benchmarks/comparison.py --envs Pendulum-v1 --agents sdac sac --jobs 2
+    python examples/benchmarks/comparison.py --cost        # minutes, on a machine that rests
     python examples/benchmarks/comparison.py --report-only
 
 50,000 steps and an update every fifth, after 5,000 random steps that count, as in the paper but
@@ -18,8 +19,8 @@ otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of t
 and DPPO, which learn from rollouts, have their defaults, DPPO with the same widths, PPO
 observations that are standardised and rewards that are scaled, as DPPO has. Five seeds for SDAC,
 DPMD and SAC, three for the rest; QVPO, DIPO and DPPO on two tasks. Every evaluation is 20
-episodes, every 5,000 steps. The minutes of a run, one thread each, are of a machine that did other
-work at times.
+episodes, every 5,000 steps. The minutes of a run are of machines of different speed, which did
+other work at times; "Cost" below is measured side by side.
 
 Runs are in ``--runs``; the returns of finished ones at every evaluation go to
 docs/results/comparison.json, and are not made again, the report of all to docs/comparison.md with
@@ -27,7 +28,10 @@ its figures.
 """
 
 import argparse
+import itertools
+import json
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -45,6 +49,8 @@ from rsm_sampler.checkpoint import CheckpointError
 
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5", "Reacher-v5", "HalfCheetah-v5"]
 STEPS, EVERY = 50_000, 5000
+# The task that costs are of, steps of each run, of which the first are random, and runs.
+TIMED, TIMED_STEPS, RANDOM_STEPS, TIMES = "HalfCheetah-v5", 8000, 6000, 3
 SIZES: dict[str, Any] = {
     "width": 128,
     "depth": 2,
@@ -139,6 +145,60 @@ def missing(
     return found
 
 
+def measure_cost() -> None:
+    """Steps in a second of every agent while it learns, one thread, one after the other."""
+    rates: dict[str, list[float]] = {name: [] for name in AGENTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat, name in itertools.product(range(TIMES), AGENTS):
+            out = Path(folder) / f"{repeat}"
+            rl.compare(
+                [TIMED],
+                [name],
+                total_steps=TIMED_STEPS,
+                out=out,
+                seeds=[0],
+                jobs=os.cpu_count() or 1,  # one run alone, which has one thread
+                changes={name: AGENTS[name][1]},
+                eval_every=TIMED_STEPS,
+            )
+            log = out / "runs" / f"{name}-{TIMED}-0" / "log.jsonl"
+            records = [json.loads(line) for line in log.read_text().splitlines()]
+            learning = [
+                record["env_steps_per_second"]
+                for record in records
+                if record["step"] > RANDOM_STEPS and "env_steps_per_second" in record
+            ]
+            rates[name].append(statistics.median(learning))
+    for name, found in rates.items():
+        store("comparison_cost", name, {"steps_per_second": found})
+
+
+def cost_lines() -> list[str]:
+    """The table of costs, where they were measured."""
+    found = load("comparison_cost")
+    if not found:
+        return []
+    minutes = {
+        name: sorted(STEPS / 60 / rate for rate in found[name]["steps_per_second"])
+        for name in AGENTS
+        if name in found
+    }
+    return [
+        "",
+        "## Cost",
+        "",
+        f"Minutes of {STEPS:,} steps on {TIMED} with one thread, evaluations not counted: steps "
+        f"{RANDOM_STEPS:,} to {TIMED_STEPS:,} of three runs, one agent after the other and one "
+        "run at a time; the median and the range.",
+        "",
+        f"| {' | '.join(minutes)} |",
+        "|---" * len(minutes) + "|",
+        "| "
+        + " | ".join(f"{m[len(m) // 2]:.1f} ({m[0]:.1f} to {m[-1]:.1f})" for m in minutes.values())
+        + " |",
+    ]
+
+
 def report() -> None:
     """Tables and figures of what is stored."""
     curves: dict[str, dict[str, dict[int, Curve]]] = {name: {} for name in AGENTS}
@@ -187,6 +247,7 @@ def report() -> None:
         *(["", f"**Not run yet**: {'; '.join(gaps)}."] if gaps else []),
         "",
         rest.strip("\n"),
+        *cost_lines(),
         "",
         "## Settings",
         "",
@@ -204,11 +265,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--cost", action="store_true", help="measure what agents cost")
     parser.add_argument("--report-only", action="store_true")
     arguments = parser.parse_args()
+    if arguments.cost:
+        measure_cost()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))  # as each run has
     failed = []
-    for seed in [] if arguments.report_only else arguments.seeds:
+    for seed in [] if arguments.report_only or arguments.cost else arguments.seeds:
         for envs, agents in missing(seed, arguments.envs, arguments.agents).items():
             try:
                 rl.compare(
