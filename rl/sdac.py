@@ -202,8 +202,8 @@ class SDAC(DiffusionAgent):
         self._entropy = PolicyEntropy(self.policy.sigmas[1:], config.batch_size)
         floor = config.min_ess
         if floor is None:
-            share = math.exp(self.action_dim * (config.target_entropy - math.log(2)))
-            floor = max(2.0, config.num_draws * share)
+            missing = max(0.0, math.log(2) - config.target_entropy)  # of the uniform law's
+            floor = max(2.0, config.num_draws * math.exp(-self.action_dim * missing))
         self._floor = min(floor, config.num_draws / 2)
 
     @property
