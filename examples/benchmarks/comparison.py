@@ -13,7 +13,8 @@ normalised layers, which their library does not have. So has SDAC, half of whose
 about the clean action besides, as in [its own results](results_sdac.md), whose actions have noise,
 of whose policy a slow copy acts, both as in the published code, and whose five noise levels are
 geometric: for this seeds that are not in the table spoke ([what was
-tried](comparison_variants.md)). Our other agents keep the policy's default rate (3e-4), normalised
+tried](comparison_variants.md)); settings before these had been given up after seed 2 of this table
+failed on Pendulum-v1. Our other agents keep the policy's default rate (3e-4), normalised
 critics and cosine levels; for DPMD the same seeds spoke for that, the rest were not tried
 otherwise. SAC and TD3 are evaluated by their mean action, ours by the best of ten. PPO
 and DPPO, which learn from rollouts, have their defaults, DPPO with the same widths, PPO
