@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.mcmc import run_mcmc
+from rsm_sampler.montecarlo.run import run_mcmc
 
 __all__ = ["long_chains"]
 
@@ -40,7 +40,7 @@ def long_chains(
         n: Number of samples.
         burn_in: Least number of steps before the first sample; they tune the step size.
         thinning: Steps between two samples of a chain.
-        method: Kernel of the chains, see :func:`rsm_sampler.mcmc.run_mcmc`.
+        method: Kernel of the chains, see :func:`rsm_sampler.montecarlo.run.run_mcmc`.
         step_size: Where the step size starts.
         generator: Source of randomness.
 

@@ -7,7 +7,7 @@ the centre of mass,
 
 and does not change when all particles move together. Its law therefore lives on the subspace
 :math:`\sum_i x_i = 0` of dimension :math:`(n - 1) s`; draws lie in it, and :math:`\log Z` refers
-to orthonormal coordinates of it, those of :class:`~rsm_sampler.transforms.MeanFree`.
+to orthonormal coordinates of it, those of :class:`~rsm_sampler.target.coordinates.MeanFree`.
 
 **The double-well cluster is solved exactly.** With particle 1 at the origin the others have radii
 and angles. Expanded in Fourier series of the angle between two of them, the angular integrals of
@@ -39,7 +39,7 @@ from torch import Tensor
 from energies.chains import long_chains
 from energies.quadrature import InverseCDF
 from energies.target import Target
-from rsm_sampler.transforms import MeanFree
+from rsm_sampler.target.coordinates import MeanFree
 
 __all__ = ["DoubleWellCluster", "LennardJones", "ParticleTarget"]
 

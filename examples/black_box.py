@@ -26,7 +26,7 @@ import torch
 
 import energies
 from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig
-from rsm_sampler.mcmc import run_mcmc
+from rsm_sampler.montecarlo.run import run_mcmc
 from rsm_sampler.plotting import plot_panels, save_figure
 
 TIMES = np.linspace(0.25, 3.0, 12)

@@ -26,8 +26,8 @@ import torch
 
 from energies import GaussianMixture
 from rsm_sampler import EnergyDiffusionTrainer, EnergySampler, TrainerConfig
-from rsm_sampler.mcmc import run_mcmc
 from rsm_sampler.metrics import mode_weights, wasserstein2
+from rsm_sampler.montecarlo.run import run_mcmc
 from rsm_sampler.plotting import plot_panels, save_figure
 from rsm_sampler.proposals import GaussianProposal, UniformProposal
 

@@ -45,8 +45,8 @@ from rl.critics import Critic, frozen
 from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.off_policy import Alone, NextAction
 from rl.replay import Batch, ReplayBuffer
-from rsm_sampler.gradients import value_and_gradient
 from rsm_sampler.losses import denoising_loss, noise_weight
+from rsm_sampler.target.gradients import value_and_gradient
 
 __all__ = ["DIPO", "DIPOConfig", "SecondActions", "ascend"]
 

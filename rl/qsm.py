@@ -57,9 +57,9 @@ from rl.off_policy import NextAction
 from rl.replay import Batch
 from rsm_sampler.ensemble import EnsembleMLP
 from rsm_sampler.estimators import PosteriorEstimate, TargetForm, posterior_estimate
-from rsm_sampler.gradients import value_and_gradient
 from rsm_sampler.kernels import GaussianReferenceKernel
 from rsm_sampler.losses import estimate_loss, noise_weight
+from rsm_sampler.target.gradients import value_and_gradient
 from rsm_sampler.transitions import forward_kernel, variance_preserving
 
 __all__ = ["QSM", "LangevinPolicy", "QSMConfig"]

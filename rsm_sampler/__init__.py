@@ -18,12 +18,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rsm_sampler.checkpoint import CheckpointError
-from rsm_sampler.diagnostics import Diagnosis
-from rsm_sampler.energy import BudgetExceededError, EnergyError
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.loggers import JSONLinesLogger, Logger, MemoryLogger, TensorBoardLogger
+from rsm_sampler.target.energy import BudgetExceededError, EnergyError
 from rsm_sampler.trainer import DivergedError, EnergyDiffusionTrainer, Progress
 from rsm_sampler.trainer_config import TrainerConfig
+from rsm_sampler.verdict.diagnosis import Diagnosis
 from rsm_sampler.version import __version__
 
 if TYPE_CHECKING:

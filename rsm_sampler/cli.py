@@ -27,7 +27,6 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from rsm_sampler.checkpoint import CheckpointError
-from rsm_sampler.energy import BudgetExceededError
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.loggers import JSONLinesLogger
 from rsm_sampler.plotting import (
@@ -38,6 +37,7 @@ from rsm_sampler.plotting import (
     plot_weights,
     save_figure,
 )
+from rsm_sampler.target.energy import BudgetExceededError
 from rsm_sampler.trainer import DivergedError, EnergyDiffusionTrainer
 from rsm_sampler.trainer_config import TrainerConfig
 

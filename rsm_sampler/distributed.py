@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rsm_sampler.energy import well_formed
+from rsm_sampler.target.energy import well_formed
 
 __all__ = ["Team"]
 

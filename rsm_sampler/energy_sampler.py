@@ -1,9 +1,9 @@
 r"""The result of training: a sampler with a density, diagnostics, and a file of its own.
 
 An :class:`EnergySampler` is a denoiser in standardised coordinates z (see
-:mod:`rsm_sampler.transforms`) with what is needed to speak in the user's coordinates x. It knows
-no energy by itself, so it can be saved and loaded without one; :meth:`EnergySampler.diagnose`
-asks for it.
+:mod:`rsm_sampler.target.coordinates`) with what is needed to speak in the user's coordinates x. It
+knows no energy by itself, so it can be saved and loaded without one;
+:meth:`EnergySampler.diagnose` asks for it.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from torch import Tensor
 from rsm_sampler import checkpoint
 from rsm_sampler.ancestral import Ancestral, Multistep
 from rsm_sampler.denoisers import Denoiser
-from rsm_sampler.diagnostics import Diagnosis, diagnose
-from rsm_sampler.energy import MeteredEnergy, metered
 from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.flows import DDIM, Heun
-from rsm_sampler.mcmc import RefineResult, refine
-from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.run import RefineResult, refine
 from rsm_sampler.samplers import Langevin, Sampler
 from rsm_sampler.schedules import EDM
-from rsm_sampler.transforms import Affine, Coordinates, MeanFree, coordinates_of
+from rsm_sampler.target.coordinates import Affine, Coordinates, MeanFree, coordinates_of
+from rsm_sampler.target.energy import MeteredEnergy, metered
+from rsm_sampler.verdict.diagnosis import Diagnosis, diagnose
 
 __all__ = ["EXACT_DENSITY", "EnergySampler", "WeightedDraws"]
 
@@ -343,7 +343,7 @@ class EnergySampler:
 
         Returns:
             The refined points in ``x``, energy drift, acceptance and evaluations; see
-            :func:`rsm_sampler.mcmc.refine`.
+            :func:`rsm_sampler.montecarlo.run.refine`.
 
         Raises:
             ValueError: If the sampler has no energy, or an argument is out of range.
@@ -403,7 +403,7 @@ class EnergySampler:
         witness_evaluations: int | None = None,
         seed: int | None = None,
     ) -> Diagnosis:
-        """How far to trust the samples; see :func:`rsm_sampler.diagnostics.diagnose`."""
+        """How far to trust the samples; see :func:`rsm_sampler.verdict.diagnosis.diagnose`."""
         return diagnose(
             self,
             n,

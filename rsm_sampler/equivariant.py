@@ -1,9 +1,9 @@
 r"""A network for particles: what turns, mirrors or renumbers them does so to its output.
 
 Points are mean-free configurations in orthonormal coordinates
-(:class:`~rsm_sampler.transforms.MeanFree`); the network lifts them to n particles, lets every
-pair exchange messages, and returns a mean-free displacement in the same coordinates. A particle
-has features :math:`h_i` and K vectors :math:`v_i^k`, and sees the others along
+(:class:`~rsm_sampler.target.coordinates.MeanFree`); the network lifts them to n particles, lets
+every pair exchange messages, and returns a mean-free displacement in the same coordinates. A
+particle has features :math:`h_i` and K vectors :math:`v_i^k`, and sees the others along
 :math:`r_{ij} = (x_i - x_j) / (1 + d_{ij})`. With :math:`\hat v = v / \sqrt{1 + |v|^2}`,
 
 .. math::
@@ -49,7 +49,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rsm_sampler.networks import embedded_level, linear
-from rsm_sampler.transforms import MeanFree
+from rsm_sampler.target.coordinates import MeanFree
 
 __all__ = ["EGNN"]
 

@@ -34,8 +34,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.gradients import value_and_gradient
 from rsm_sampler.kernels import Kernel
+from rsm_sampler.target.gradients import value_and_gradient
 from rsm_sampler.transitions import sigma_column
 
 __all__ = [

@@ -2,15 +2,15 @@ r"""From an energy to a sampler: the training loop.
 
 :meth:`EnergyDiffusionTrainer.fit` does, in this order,
 
-1. **search** (:mod:`rsm_sampler.search`): location, scale and a bank of weighted points, from
+1. **search** (:mod:`rsm_sampler.bank.search`): location, scale and a bank of weighted points, from
    energy values alone;
 2. **train** in cycles, each with a learning rate that falls to zero and a running mean of the
    weights. With ``loss="mirror-descent"`` a step draws clean points from the bank by their
    weights and regresses on them: loss (13), whose weights :math:`e^{-E}/\pi` are realised by
    resampling. No energy is evaluated in these steps. Where the bank comes from chains, the
    gradients of the energy at its points, by autograd or from differences of values, take most of
-   the loss's variance away (:mod:`rsm_sampler.gradients`). With ``loss="reverse-sampling"`` a step
-   draws noisy points from ``proposal`` and K clean candidates for each: loss (14), K energy
+   the loss's variance away (:mod:`rsm_sampler.target.gradients`). With ``loss="reverse-sampling"``
+   a step draws noisy points from ``proposal`` and K clean candidates for each: loss (14), K energy
    evaluations and one network call per noisy point;
 3. **check** after each cycle: exact importance weights of fresh draws give the effective sample
    size. Training stops when it is high enough or, beyond sixteen dimensions, hardly grows;
@@ -40,14 +40,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rsm_sampler import checkpoint
-from rsm_sampler.bank import Bank
-from rsm_sampler.contexts import Contexts
+from rsm_sampler.bank.bank import Bank
+from rsm_sampler.bank.supply import Supply
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy import BudgetExceededError, MeteredEnergy, particles_of
 from rsm_sampler.energy_sampler import EXACT_DENSITY, EnergySampler
 from rsm_sampler.estimators import TargetForm
-from rsm_sampler.gradients import GradientMethod
 from rsm_sampler.interrupts import deferred_interrupt
 from rsm_sampler.kernels import GaussianReferenceKernel, Kernel
 from rsm_sampler.loggers import Logger
@@ -55,9 +53,11 @@ from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
 from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import Proposal
 from rsm_sampler.schedules import EDM
-from rsm_sampler.supply import Supply
+from rsm_sampler.target.contexts import Contexts
+from rsm_sampler.target.coordinates import Affine, Bounds, Coordinates, MeanFree
+from rsm_sampler.target.energy import BudgetExceededError, MeteredEnergy, particles_of
+from rsm_sampler.target.gradients import GradientMethod
 from rsm_sampler.trainer_config import TrainerConfig
-from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
 
 __all__ = ["DivergedError", "EnergyDiffusionTrainer", "Progress"]
 

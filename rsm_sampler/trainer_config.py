@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.bank.search import FEW_DIMENSIONS
 from rsm_sampler.energy_sampler import EXACT_DENSITY
-from rsm_sampler.search import FEW_DIMENSIONS
 
 __all__ = ["Sizes", "TrainerConfig"]
 

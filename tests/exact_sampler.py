@@ -5,10 +5,10 @@ import math
 import torch
 
 from energies import GaussianMixture
-from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.schedules import EDM
-from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.target.coordinates import Affine, Bounds
+from rsm_sampler.target.energy import MeteredEnergy
 
 
 class ExactDenoiser(torch.nn.Module):

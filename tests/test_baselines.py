@@ -36,8 +36,8 @@ from rsm_sampler.baselines.flow_bootstrap import (
 )
 from rsm_sampler.baselines.spline_flow import SplineFlow
 from rsm_sampler.baselines.standard import StandardEnergy
-from rsm_sampler.chains import HMC
-from rsm_sampler.energy import EnergyError, MeteredEnergy
+from rsm_sampler.montecarlo.markov import HMC
+from rsm_sampler.target.energy import EnergyError, MeteredEnergy
 from tests.exact import IsotropicMixture, two_modes
 
 DOUBLE = torch.float64

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import energies
-from rsm_sampler.bank import Bank
-from rsm_sampler.basins import _Basins, _quasi_newton, crowded, mixture_of_basins
-from rsm_sampler.densities import Mixture, StudentT, density_from_state
-from rsm_sampler.energy import MeteredEnergy
-from rsm_sampler.gradients import difference_curvature
+from rsm_sampler.bank.bank import Bank
+from rsm_sampler.montecarlo.basins import _Basins, _quasi_newton, crowded, mixture_of_basins
+from rsm_sampler.montecarlo.densities import Mixture, StudentT, density_from_state
+from rsm_sampler.target.energy import MeteredEnergy
+from rsm_sampler.target.gradients import difference_curvature
 
 DOUBLE = torch.float64
 

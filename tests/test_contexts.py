@@ -1,6 +1,6 @@
 import torch
 
-from rsm_sampler.contexts import Contexts
+from rsm_sampler.target.contexts import Contexts
 
 
 def test_half_of_the_contexts_are_drawn_and_half_are_scattered():

@@ -7,11 +7,11 @@ import torch
 from scipy import stats
 
 from energies import ConditionalMixture, GaussianMixture
-from rsm_sampler.diagnostics import diagnose, pareto_shape
-from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.energy_sampler import WeightedDraws
-from rsm_sampler.transforms import Affine, Bounds
-from rsm_sampler.witness import _cells, _regions, find_witness
+from rsm_sampler.target.coordinates import Affine, Bounds
+from rsm_sampler.target.energy import MeteredEnergy
+from rsm_sampler.verdict.diagnosis import diagnose, pareto_shape
+from rsm_sampler.verdict.witness import _cells, _regions, find_witness
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from energies import DoubleWellCluster, LennardJones
-from rsm_sampler.transforms import MeanFree
+from rsm_sampler.target.coordinates import MeanFree
 
 DW4, LJ5 = DoubleWellCluster(), LennardJones(5)
 BOTH = pytest.mark.parametrize("target", [DW4, LJ5], ids=["dw4", "lj5"])

@@ -10,7 +10,7 @@ from scipy import integrate, stats
 import energies
 from energies import LogisticRegression, from_numpy, hare_lynx_energy
 from energies.hare_lynx import HARES, LYNXES
-from rsm_sampler.densities import StudentT
+from rsm_sampler.montecarlo.densities import StudentT
 
 
 def seeded(seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from energies.gaussian_mixture import GaussianMixture
-from rsm_sampler.energy import BudgetExceededError, EnergyError, MeteredEnergy
+from rsm_sampler.target.energy import BudgetExceededError, EnergyError, MeteredEnergy
 from tests.exact import NoReadBack
 
 

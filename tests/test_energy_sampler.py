@@ -18,10 +18,10 @@ from rsm_sampler import (
     checkpoint,
 )
 from rsm_sampler.denoisers import Denoiser
-from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.networks import MLP
 from rsm_sampler.schedules import EDM
-from rsm_sampler.transforms import Affine, Bounds, MeanFree
+from rsm_sampler.target.coordinates import Affine, Bounds, MeanFree
+from rsm_sampler.target.energy import MeteredEnergy
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.equivariant import EGNN
 from rsm_sampler.flows import Heun
-from rsm_sampler.transforms import MeanFree
+from rsm_sampler.target.coordinates import MeanFree
 
 
 def seeded(seed=0):

@@ -8,11 +8,14 @@ import torch
 
 import energies
 from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig
-from rsm_sampler.bank import Bank
-from rsm_sampler.densities import Mixture, StudentT
-from rsm_sampler.energy import EnergyError, MeteredEnergy
+from rsm_sampler.bank.bank import Bank
 from rsm_sampler.estimators import posterior_estimate
-from rsm_sampler.gradients import (
+from rsm_sampler.kernels import GaussianReferenceKernel
+from rsm_sampler.losses import denoising_loss
+from rsm_sampler.montecarlo.densities import Mixture, StudentT
+from rsm_sampler.target.coordinates import Bounds
+from rsm_sampler.target.energy import EnergyError, MeteredEnergy
+from rsm_sampler.target.gradients import (
     autograd_gradient,
     difference_curvature,
     difference_gradient,
@@ -21,9 +24,6 @@ from rsm_sampler.gradients import (
     value_and_gradient,
     virial_holds,
 )
-from rsm_sampler.kernels import GaussianReferenceKernel
-from rsm_sampler.losses import denoising_loss
-from rsm_sampler.transforms import Bounds
 
 DOUBLE = torch.float64
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from rsm_sampler.energy import BudgetExceededError, MeteredEnergy
-from rsm_sampler.mcmc import (
+from rsm_sampler.metrics import dkw_band, ks_per_coordinate
+from rsm_sampler.montecarlo.run import (
     HMC,
     MALA,
     GaussianPath,
@@ -18,7 +18,7 @@ from rsm_sampler.mcmc import (
     refine,
     run_mcmc,
 )
-from rsm_sampler.metrics import dkw_band, ks_per_coordinate
+from rsm_sampler.target.energy import BudgetExceededError, MeteredEnergy
 
 METHODS = ["parallel-tempering", "rw", "mala", "hmc", "langevin"]
 

@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 
 from energies import Funnel, GaussianMixture
-from rsm_sampler.bank import Bank
-from rsm_sampler.densities import KernelDensity, StudentT
-from rsm_sampler.energy import EnergyError, MeteredEnergy
-from rsm_sampler.search import search
+from rsm_sampler.bank.bank import Bank
+from rsm_sampler.bank.search import search
+from rsm_sampler.montecarlo.densities import KernelDensity, StudentT
+from rsm_sampler.target.energy import EnergyError, MeteredEnergy
 
 DOUBLE = torch.float64
 

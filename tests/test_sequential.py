@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 import energies
-from rsm_sampler.densities import StudentT
-from rsm_sampler.sequential import _Population, sequential_monte_carlo
+from rsm_sampler.montecarlo.densities import StudentT
+from rsm_sampler.montecarlo.population import _Population, sequential_monte_carlo
 
 DOUBLE = torch.float64
 

@@ -20,9 +20,9 @@ from rsm_sampler import (
     TrainerConfig,
     checkpoint,
 )
-from rsm_sampler.bank import Bank
+from rsm_sampler.bank.bank import Bank
+from rsm_sampler.bank.supply import Supply
 from rsm_sampler.proposals import GaussianProposal
-from rsm_sampler.supply import Supply
 
 TINY = {"search_evaluations": 3000, "bank_size": 2000, "steps_per_cycle": 120, "max_cycles": 2,
         "batch_size": 64, "check_draws": 128, "num_steps": 8, "width": 16, "depth": 2,
@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, whole, how, step)
 def test_a_renewal_that_was_interrupted_is_made_again(tmp_path, monkeypatch, error):
     """With the check before it, whose record would otherwise stand twice and end the training."""
     config = tiny(steps_per_cycle=40, round_draws=512)
-    monkeypatch.setattr("rsm_sampler.supply._LEAST_EFFECTIVE", 20)
+    monkeypatch.setattr("rsm_sampler.bank.supply._LEAST_EFFECTIVE", 20)
     whole = fit(EnergyDiffusionTrainer(normal, 17, config=config))
     assert len(whole.history) == 2
 
@@ -471,7 +471,7 @@ def test_chains_with_wrong_shares_give_way_to_the_samplers_draws(monkeypatch, le
     share of 8,192 draws worth a third of them at least is off by 5 standard errors, 0.04, with a
     chance of 6e-7; and the next cycle is learned from the new bank, however often the old one was.
     """
-    monkeypatch.setattr("rsm_sampler.supply._LEAST_EFFECTIVE", least)
+    monkeypatch.setattr("rsm_sampler.bank.supply._LEAST_EFFECTIVE", least)
     target = two_modes()
     config = tiny(max_cycles=2, steps_per_cycle=400, batch_size=256, width=32, num_steps=24,
                   round_draws=4096, max_epochs=20)  # fmt: skip

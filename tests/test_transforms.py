@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rsm_sampler.transforms import Affine, Bounds
+from rsm_sampler.target.coordinates import Affine, Bounds
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64

@@ -55,10 +55,10 @@ from rsm_sampler.baselines import (
     idem,
     langevin,
 )
-from rsm_sampler.energy import MeteredEnergy
-from rsm_sampler.mcmc import refine, run_mcmc
-from rsm_sampler.resampling import cumulative_weight, stratified_indices
-from rsm_sampler.transforms import Bounds, Coordinates, MeanFree
+from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.run import refine, run_mcmc
+from rsm_sampler.target.coordinates import Bounds, Coordinates, MeanFree
+from rsm_sampler.target.energy import MeteredEnergy
 
 METHODS = (
     "rsm", "rsm-values", "rw", "hmc", "pt", "langevin", "ddpm-mcmc", "ddpm-hmc", "ddpm-exact",

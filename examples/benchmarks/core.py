@@ -30,7 +30,7 @@ from torch import Tensor
 
 import energies
 from rsm_sampler import EnergyDiffusionTrainer, EnergySampler, TrainerConfig, __version__, metrics
-from rsm_sampler.mcmc import run_mcmc
+from rsm_sampler.montecarlo.run import run_mcmc
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "core.json"

@@ -8,13 +8,13 @@ r"""Peers of the trainer: other ways from an energy to samples, over the same pa
 ========================= ============================================= ====================
 
 Metropolis-adjusted Langevin, Hamiltonian Monte Carlo and parallel tempering are among the
-methods of :func:`rsm_sampler.mcmc.run_mcmc`.
+methods of :func:`rsm_sampler.montecarlo.run.run_mcmc`.
 
 Each function takes an energy and the dimension of a point, spends ``evaluations`` of the energy
 and returns a :class:`Baseline`: an object with ``sample(n)``, with ``counts`` of evaluations by
 purpose, and with the ``history`` of its training. All evaluations are counted by
-:class:`~rsm_sampler.energy.MeteredEnergy`, one for a value and one more for its gradient; an
-energy that is such a meter is counted on it.
+:class:`~rsm_sampler.target.energy.MeteredEnergy`, one for a value and one more for its gradient;
+an energy that is such a meter is counted on it.
 
     >>> def energy(x):
     ...     return x.square().sum(-1) / 2

@@ -2,7 +2,7 @@ r"""Langevin dynamics without a Metropolis test: annealed, and naive.
 
 Chains start from a reference, :math:`\mathcal N(m, s^2 I)`, and follow the path
 :math:`E_\beta = \beta E + (1 - \beta) E_\mathrm{ref}` of
-:class:`~rsm_sampler.chains.GaussianPath`:
+:class:`~rsm_sampler.montecarlo.markov.GaussianPath`:
 
 .. math:: x \leftarrow x - \tfrac{h_\beta^2}{2} \nabla E_\beta(x) + h_\beta \xi, \qquad
           h_\beta = h \Big/ \sqrt{\frac{\beta}{l^2} + \frac{1 - \beta}{s^2}} .
@@ -12,8 +12,8 @@ Here l is the scale of the target's finest structure, so that the root is the la
 :math:`\beta = (k / n)^4` from 0 to 1, the rest at 1. With no share for it this is the naive
 method, which starts from the reference and knows nothing else of it.
 
-The chains are exact for no step size: see :class:`~rsm_sampler.chains.Langevin`. Nor do they
-weigh modes that have come apart before :math:`\beta` is 1.
+The chains are exact for no step size: see :class:`~rsm_sampler.montecarlo.markov.Langevin`. Nor do
+they weigh modes that have come apart before :math:`\beta` is 1.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.baselines.standard import location
-from rsm_sampler.chains import GaussianPath, Langevin, normal_like
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy import MeteredEnergy, metered
+from rsm_sampler.montecarlo.markov import GaussianPath, Langevin, normal_like
+from rsm_sampler.target.energy import MeteredEnergy, metered
 
 __all__ = ["ChainSampler", "langevin"]
 

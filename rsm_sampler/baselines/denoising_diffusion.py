@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.baselines.standard import location
-from rsm_sampler.energy import MeteredEnergy, metered, particles_of
 from rsm_sampler.energy_sampler import EnergySampler
-from rsm_sampler.mcmc import run_mcmc
+from rsm_sampler.montecarlo.run import run_mcmc
+from rsm_sampler.target.energy import MeteredEnergy, metered, particles_of
 from rsm_sampler.trainer import EnergyDiffusionTrainer
 from rsm_sampler.trainer_config import TrainerConfig
 

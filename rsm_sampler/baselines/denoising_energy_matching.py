@@ -30,12 +30,12 @@ from tqdm.auto import tqdm
 from rsm_sampler.ancestral import Ancestral
 from rsm_sampler.baselines.standard import StandardEnergy
 from rsm_sampler.denoisers import Denoiser
-from rsm_sampler.energy import MeteredEnergy
 from rsm_sampler.energy_sampler import ContextLike, EnergySampler, Method, WeightedDraws
 from rsm_sampler.estimators import PosteriorEstimate, ScoreEstimate, score_estimate
 from rsm_sampler.kernels import ReverseKernel
 from rsm_sampler.losses import estimate_loss, noise_weight
 from rsm_sampler.schedules import EDM, Geometric
+from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.transitions import forward_kernel, sigma_column
 
 __all__ = ["IDEMConfig", "IDEMSampler", "idem", "idem_score"]

@@ -1,8 +1,8 @@
 r"""An energy in the coordinates z of a network, with gradients that are counted.
 
 Users' points are :math:`x = m + s B z`: a location m and a width s, given by the user, and B the
-identity or, for particles, the isometry of :class:`~rsm_sampler.transforms.MeanFree`. Gradients
-follow by :math:`\nabla_z E = s B^\top \nabla_x E`.
+identity or, for particles, the isometry of :class:`~rsm_sampler.target.coordinates.MeanFree`.
+Gradients follow by :math:`\nabla_z E = s B^\top \nabla_x E`.
 """
 
 import math
@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy import MeteredEnergy, metered, particles_of
-from rsm_sampler.transforms import Affine, Bounds, Coordinates, MeanFree
+from rsm_sampler.target.coordinates import Affine, Bounds, Coordinates, MeanFree
+from rsm_sampler.target.energy import MeteredEnergy, metered, particles_of
 
 __all__ = ["StandardEnergy", "location"]
 

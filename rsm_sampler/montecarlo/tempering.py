@@ -41,7 +41,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rsm_sampler.chains import (
+from rsm_sampler.montecarlo.markov import (
     ChainState,
     Energy,
     GaussianPath,
@@ -50,7 +50,7 @@ from rsm_sampler.chains import (
     normal_like,
     uniform_like,
 )
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.target.energy import MeteredEnergy
 
 __all__ = ["LadderStatistics", "ParallelTempering"]
 

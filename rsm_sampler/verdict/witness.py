@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.densities import KernelDensity, StudentT
-from rsm_sampler.mcmc import run_mcmc
-from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.densities import KernelDensity, StudentT
+from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.run import run_mcmc
 
 __all__ = ["Witness", "find_witness"]
 

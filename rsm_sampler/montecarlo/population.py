@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_sampler.densities import StudentT, weighted_moments
 from rsm_sampler.estimators import effective_sample_size
-from rsm_sampler.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.densities import StudentT, weighted_moments
+from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
 
 __all__ = ["Visited", "next_beta", "sequential_monte_carlo"]
 

@@ -14,13 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsm_sampler.bank import Bank
-from rsm_sampler.basins import Slope
-from rsm_sampler.contexts import Contexts
-from rsm_sampler.energy import MeteredEnergy
+from rsm_sampler.bank.bank import Bank
+from rsm_sampler.bank.search import FEW_DIMENSIONS, search
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.estimators import effective_sample_size
-from rsm_sampler.gradients import (
+from rsm_sampler.montecarlo.basins import Slope
+from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, next_beta
+from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.run import run_mcmc
+from rsm_sampler.target.contexts import Contexts
+from rsm_sampler.target.coordinates import Affine, Coordinates, MeanFree
+from rsm_sampler.target.energy import MeteredEnergy
+from rsm_sampler.target.gradients import (
     GradientMethod,
     autograd_gradient,
     difference_curvature,
@@ -28,12 +33,7 @@ from rsm_sampler.gradients import (
     differentiable,
     virial_holds,
 )
-from rsm_sampler.mcmc import run_mcmc
-from rsm_sampler.resampling import cumulative_weight, stratified_indices
-from rsm_sampler.search import FEW_DIMENSIONS, search
-from rsm_sampler.sequential import LEAST_EVALUATIONS, next_beta
 from rsm_sampler.trainer_config import TrainerConfig
-from rsm_sampler.transforms import Affine, Coordinates, MeanFree
 
 __all__ = ["Batch", "Supply"]
 

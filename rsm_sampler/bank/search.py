@@ -14,10 +14,10 @@ are known exactly at every step:
 3. **Bank.** Many draws of the last proposal with :math:`\log w = -E(x) - \log q(x)`: weighted
    samples of the target, an estimate of log Z, and the training data of loss (13).
 4. **Basins.** In more dimensions, or where kernels fail, a mixture with a component for each basin
-   of the energy is tried for the bank (:mod:`rsm_sampler.basins`).
+   of the energy is tried for the bank (:mod:`rsm_sampler.montecarlo.basins`).
 5. **Chains.** Where no bank would be worth its evaluations, a population walks from the last
-   Student-t to the target (:mod:`rsm_sampler.sequential`). It gives equally weighted, dependent
-   samples.
+   Student-t to the target (:mod:`rsm_sampler.montecarlo.population`). It gives equally weighted,
+   dependent samples.
 
 With contexts every row of points belongs to one context, and weights are normalised in each row.
 
@@ -34,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_sampler.bank import Bank, Evaluate
-from rsm_sampler.basins import Slope, mixture_of_basins
-from rsm_sampler.densities import (
+from rsm_sampler.bank.bank import Bank, Evaluate
+from rsm_sampler.estimators import effective_sample_size
+from rsm_sampler.montecarlo.basins import Slope, mixture_of_basins
+from rsm_sampler.montecarlo.densities import (
     TAIL,
     Density,
     KernelDensity,
@@ -44,10 +45,9 @@ from rsm_sampler.densities import (
     StudentT,
     weighted_moments,
 )
-from rsm_sampler.energy import EnergyError
-from rsm_sampler.estimators import effective_sample_size
-from rsm_sampler.resampling import cumulative_weight, stratified_indices
-from rsm_sampler.sequential import sequential_monte_carlo
+from rsm_sampler.montecarlo.population import sequential_monte_carlo
+from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.target.energy import EnergyError
 
 __all__ = ["FEW_DIMENSIONS", "search"]
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.energy import EnergyError, MeteredEnergy
+from rsm_sampler.target.energy import EnergyError, MeteredEnergy
 
 __all__ = [
     "GradientMethod",

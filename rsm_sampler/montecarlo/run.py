@@ -5,8 +5,9 @@ evaluations**, so the budget here is counted exactly: one for every energy value
 more where its gradient is taken as well. :func:`run_mcmc` spends a budget and never exceeds it.
 :func:`refine` moves given samples by a short exact chain and reports whether their energies drift.
 
-The kernels are those of :mod:`rsm_sampler.chains` and :mod:`rsm_sampler.tempering`. What can be
-tuned (step sizes, ladder) is tuned in a warm-up, no state of which is kept, and frozen afterwards.
+The kernels are those of :mod:`rsm_sampler.montecarlo.markov` and
+:mod:`rsm_sampler.montecarlo.tempering`. What can be tuned (step sizes, ladder) is tuned in a
+warm-up, no state of which is kept, and frozen afterwards.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.chains import (
+from rsm_sampler.montecarlo.markov import (
     HMC,
     MALA,
     ChainState,
@@ -28,8 +29,8 @@ from rsm_sampler.chains import (
     Langevin,
     RandomWalk,
 )
-from rsm_sampler.energy import MeteredEnergy, metered
-from rsm_sampler.tempering import LadderStatistics, ParallelTempering
+from rsm_sampler.montecarlo.tempering import LadderStatistics, ParallelTempering
+from rsm_sampler.target.energy import MeteredEnergy, metered
 
 __all__ = [
     "HMC",
@@ -119,7 +120,7 @@ def run_mcmc(
 
     Arguments:
         energy: Callable from points ``(n, dim)`` to energies ``(n,)``, low where likely. A
-            :class:`~rsm_sampler.energy.MeteredEnergy` counts what is spent here as well.
+            :class:`~rsm_sampler.target.energy.MeteredEnergy` counts what is spent here as well.
         x_0: Initial points of finite energy, with shape :math:`(c, d)`.
         method: ``"parallel-tempering"`` or ``"rw"`` (values only), ``"mala"``, ``"hmc"`` or
             ``"langevin"`` (autograd gradients; the last one is biased and needs a ``step_size``).

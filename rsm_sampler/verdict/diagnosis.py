@@ -2,8 +2,8 @@ r"""May I trust these samples? A verdict that can be wrong in neither direction.
 
 What a sampler says of itself cannot show what it never saw: its effective sample size, its log Z
 and short chains from its draws all look perfect when a mode is missing. So trust rests on an
-**independent witness** (:mod:`rsm_sampler.witness`) that owes nothing to training. Six questions,
-each with its error:
+**independent witness** (:mod:`rsm_sampler.verdict.witness`) that owes nothing to training. Six
+questions, each with its error:
 
 =================== ===============================================================================
 effective sample    exact importance weights of n fresh draws; their share of equal weight
@@ -39,10 +39,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.energy import MeteredEnergy
-from rsm_sampler.mcmc import refine
-from rsm_sampler.transforms import Affine, Coordinates
-from rsm_sampler.witness import MASS_TOLERANCE, SIGNIFICANT, Witness, find_witness
+from rsm_sampler.montecarlo.run import refine
+from rsm_sampler.target.coordinates import Affine, Coordinates
+from rsm_sampler.target.energy import MeteredEnergy
+from rsm_sampler.verdict.witness import MASS_TOLERANCE, SIGNIFICANT, Witness, find_witness
 
 __all__ = ["Diagnosis", "Examinable", "diagnose", "pareto_shape"]
 
@@ -286,7 +286,9 @@ class _Examination:
             findings.append(
                 f"energies drift by {drift:+.3f} ± {drift_se:.3f} under an exact chain"
             )
-            advice.append("train longer, or refine the samples by rsm_sampler.mcmc.refine")
+            advice.append(
+                "train longer, or refine the samples by rsm_sampler.montecarlo.run.refine"
+            )
         if not witness.conclusive:
             findings.append(
                 f"the witness is inconclusive (ESS {witness.ess:.0f}, log Z error "

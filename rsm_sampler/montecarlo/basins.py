@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_sampler.densities import Mixture, StudentT
-from rsm_sampler.gradients import difference_hessian
-from rsm_sampler.sequential import next_beta
+from rsm_sampler.montecarlo.densities import Mixture, StudentT
+from rsm_sampler.montecarlo.population import next_beta
+from rsm_sampler.target.gradients import difference_hessian
 
 __all__ = ["Slope", "mixture_of_basins"]
 

@@ -14,9 +14,9 @@ All step sizes :math:`h` are therefore lengths, in the units of :math:`x`. They 
 warm-up (target acceptance 0.234 in several dimensions or 0.44 in one for the random walk, 0.574
 for MALA, 0.7 for HMC) and frozen afterwards, as exactness requires.
 
-Evaluations are counted by :class:`rsm_sampler.energy.MeteredEnergy`: one for every energy value
-at one point, one more where its gradient is taken as well. Energies of :math:`+\infty` are never
-accepted; NaN and :math:`-\infty` are treated as :math:`+\infty` and counted.
+Evaluations are counted by :class:`rsm_sampler.target.energy.MeteredEnergy`: one for every energy
+value at one point, one more where its gradient is taken as well. Energies of :math:`+\infty` are
+never accepted; NaN and :math:`-\infty` are treated as :math:`+\infty` and counted.
 
 References:
     | Optimal scaling for various Metropolis-Hastings algorithms (Roberts and Rosenthal, 2001)
@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.energy import MeteredEnergy, metered
+from rsm_sampler.target.energy import MeteredEnergy, metered
 
 __all__ = [
     "HMC",
@@ -166,8 +166,8 @@ class Kernel(ABC):
 
         Arguments:
             energy: Callable from points ``(n, dim)`` to energies ``(n,)``; wrap it in
-                :class:`~rsm_sampler.energy.MeteredEnergy` beforehand to share counters and a
-                budget.
+                :class:`~rsm_sampler.target.energy.MeteredEnergy` beforehand to share counters and
+                a budget.
             x: Initial points, one per chain.
 
         Returns:

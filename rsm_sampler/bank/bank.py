@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_sampler.densities import Density, density_from_state, weighted_moments
 from rsm_sampler.estimators import effective_sample_size
+from rsm_sampler.montecarlo.densities import Density, density_from_state, weighted_moments
 
 __all__ = ["Bank", "Evaluate"]
 

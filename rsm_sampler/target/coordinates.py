@@ -5,8 +5,8 @@ works on :math:`z \in \mathbb R^d` with mean about 0 and covariance about the id
 
 .. math:: u = m + L z, \qquad x = b(u),
 
-with :math:`m, L` found by the search (:mod:`rsm_sampler.search`) and :math:`b` applied to each
-coordinate. With the logistic function :math:`\varsigma(u) = 1 / (1 + e^{-u})`,
+with :math:`m, L` found by the search (:mod:`rsm_sampler.bank.search`) and :math:`b` applied to
+each coordinate. With the logistic function :math:`\varsigma(u) = 1 / (1 + e^{-u})`,
 
 ================= ================================ ======================================
 bounds            :math:`b(u)`                     :math:`b'(u)`

@@ -1,0 +1,1 @@
+"""Classical Monte Carlo; it knows no diffusion."""

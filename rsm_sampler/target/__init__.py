@@ -1,0 +1,1 @@
+"""What the user brings: the energy, its coordinates, contexts and gradients."""

@@ -1,0 +1,1 @@
+"""May the samples be trusted?"""
