@@ -43,7 +43,7 @@ _LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
 _WIDER = math.sqrt(1.2)  # than the moments say, is the next broad law
 _HINT = 100.0  # a stated width may be wrong by this factor
 _SLOWER, _SLOW = 30.0, 2e-3  # times the usual time a point takes, and seconds: the survey stops
-_CENTRES = 4  # basins through which lines are scanned
+_CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
 _STEPS = 100  # downhill
 _PIECE = 32_768  # draws of a bank at a time
@@ -182,6 +182,8 @@ class _Explorer:
         sources = self.sources
         if sources is None:
             sources = [Kernels()] if symmetric else [BasinMixture(), Kernels()]
+            if self.ledger.crowded:  # the minima are many, or a continuum
+                sources.reverse()
         best: Proposal | None = None
         chosen: BankSource | None = None
         reasons: list[str] = []
@@ -336,7 +338,7 @@ class _Explorer:
         plan, before = self.plan, self.spent
         most = int(plan.descents * plan.evaluations)
         self._descend(scene, plan.batch, most)
-        while self._scan(scene, int(plan.scans * plan.evaluations)):
+        while not self.ledger.crowded and self._scan(scene, int(plan.scans * plan.evaluations)):
             pass
         while (
             not self.ledger.crowded
@@ -377,11 +379,13 @@ class _Explorer:
         before = len(self.ledger.basins)
         done = sum(basin.scanned for basin in self.ledger.basins)
         basins = sorted(self.ledger.basins, key=lambda basin: basin.energy)
-        basins = [basin for basin in basins if not basin.scanned][: max(0, _CENTRES - done // 2)]
+        basins = [basin for basin in basins if not basin.scanned][
+            : _CENTRES if done < 2 * _CENTRES else 1
+        ]
         self.report(f"lines through {len(basins)} basins")
         for basin in basins:
             basin.scanned = True
-            each = most // (2 * _CENTRES)
+            each = most // (4 * _CENTRES)
             start = line_minima(self.problem, basin, self.ledger.basins, each, self.generator)
             order = torch.randperm(len(start), generator=self.generator, device=start.device)
             self._entered(scene, start[order[:_STARTS_OF_LINES]], each, independent=False)

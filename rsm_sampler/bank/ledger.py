@@ -156,7 +156,9 @@ class Ledger:
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
         """The basin of a point at rest, by Newton's method and the curvature; None at a saddle."""
         problem = self.problem
-        factor, _ = self._along(x, (_SMALL * width).diag(), width)
+        factor, lowest = self._along(x, (_SMALL * width).diag(), width)
+        if lowest < -1:
+            return None
         for _ in range(_NEWTON):
             _, slope = problem.value_and_slope(x[None], width)
             step = factor @ (factor.mT @ slope[0])

@@ -108,16 +108,17 @@ class Plan:
             wave = min(wave, max(1, free // 8))
             bank = min(bank, free - evaluations)
             chains = min(chains, free)
+        few = min(1.0, ess / 20_000)  # a small answer is not worth a large preparation
         return cls(
             dim=dim,
             evaluations=evaluations,
-            survey=max(64, min(2048, evaluations // 12)),
-            bracket=max(48, min(1024, evaluations // 24)),
+            survey=max(64, min(int(max(512, 2048 * few)), evaluations // 12)),
+            bracket=max(48, min(int(max(256, 1024 * few)), evaluations // 24)),
             batch=max(8, min(64, evaluations // 400)),
             starts=starts,
             waves=waves,
             wave=wave,
-            round=max(256, min(max(2048, 100 * dim), evaluations // 12)),
+            round=max(256, min(int(max(2048 * few, 100 * dim)), evaluations // 12)),
             bank=bank,
             ess=ess,
             chains=chains,

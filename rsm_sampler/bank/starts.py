@@ -25,7 +25,7 @@ from rsm_sampler.target.problem import Problem
 __all__ = ["independent_starts", "line_minima"]
 
 _NEAREST, _FARTHEST = 0.25, 256.0
-_DIAGONALS, _LINES = 8, 16
+_DIAGONALS, _LINES = 8, 8
 _ASIDE = 0.05  # widths of the basin
 _FIRST, _RATIO, _PLACES = 0.5, 1.25, 36  # distances on a line, in widths of the basin
 
@@ -63,7 +63,8 @@ def line_minima(
     """
     like: dict[str, Any] = {"dtype": basin.x.dtype, "device": basin.x.device}
     width = basin.factor.norm(dim=-1)
-    signs = torch.rand(_DIAGONALS, len(width), generator=generator, **like) < 0.5
+    diagonals = min(_DIAGONALS, 2 ** (len(width) - 1))
+    signs = torch.rand(diagonals, len(width), generator=generator, **like) < 0.5
     signs[0] = False  # all coordinates alike
     directions = [torch.where(signs, -1.0, 1.0) * width]
     away = [other.x - basin.x for other in basins if other is not basin]

@@ -27,6 +27,7 @@ ValueAndSlope = Callable[[Tensor], tuple[Tensor, Tensor]]
 _MEMORY = 5  # energies that a step may not exceed
 _PAIRS = 8  # of steps and changes of slope, from which a curvature is learned
 _FIRST_STEP = 0.01  # length of the first step, in units of the widths
+_LEVEL = 10.0  # times the tolerance: change of energy that the slope at the end still foretells
 _SHORTER, _SHORTEST = 0.25, 1e-5  # factor after a rejected step; where a point is stuck
 
 
@@ -100,6 +101,8 @@ def descend(
         taken = taken + down
         change = (trial_energy - before[(i - 1) % _MEMORY]).abs()
         whole = shorter == 1  # a step that was cut short says nothing
+        along = (trial_slope * step).sum(-1).abs()  # across a valley energies may be equal
+        whole &= along < _LEVEL * tolerance
         still = (down & whole & (change < tolerance) & (taken > 2)) | (shorter < _SHORTEST)
         x[active] = torch.where(down[:, None], trial, x[active])
         energy = torch.where(down, trial_energy, energy)
