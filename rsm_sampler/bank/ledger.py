@@ -117,11 +117,12 @@ class Ledger:
                 if independent:
                     self.lost += len(free)
                 break
-            basin = self._basin(x[free[0]], float(energy[free[0]]), width)
-            if basin is None:  # a saddle: nothing ends there for long
+            found = self._basin(x[free[0]], float(energy[free[0]]), width)
+            if found is None:  # a saddle: nothing ends there for long
                 self.lost += int(independent)
                 free = free[1:]
                 continue
+            basin = found
             self.basins.append(basin)
             # The first belongs to it, wherever Newton's steps have led.
             if independent:
