@@ -29,7 +29,7 @@ from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.pool import Pool
 from rsm_sampler.bank.sources import BankSource, BasinMixture, Kernels, Proposal, Scene
 from rsm_sampler.bank.starts import independent_starts, line_minima
-from rsm_sampler.montecarlo.densities import Density, ScaleLadder, StudentT, weighted_moments
+from rsm_sampler.montecarlo.densities import ScaleLadder, StudentT, weighted_moments
 from rsm_sampler.montecarlo.descents import descend
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, sequential_monte_carlo
 from rsm_sampler.montecarlo.weights import LogWeights
@@ -395,26 +395,33 @@ class _Explorer:
 
     def _bank(self, proposal: Proposal, reasons: list[str]) -> Bank | None:
         """Draws until they are worth enough, judged by their own weights."""
-        plan, pool = self.plan, Pool()
-        drawn: list[tuple[Density, Tensor, Tensor]] = []
-        spent = 0
+        plan, law = self.plan, proposal.law
+        x, energy = [], []
+        pool = Pool()
         if proposal.drawn is not None:
-            pool.add(*proposal.drawn)
-        share = proposal.share
-        most = min(plan.bank, plan.total - self.spent)
-        while spent < most and not (self.late and len(pool)):
-            short = plan.ess - (float(pool.weights.ess()) if len(pool) else 0.0)
-            if short <= 0:
+            if proposal.drawn[0] is law:
+                x, energy = [proposal.drawn[1]], [proposal.drawn[2]]
+            else:
+                pool.add(*proposal.drawn)
+        log_weight = [-e - law.log_prob(y) for y, e in zip(x, energy, strict=True)]
+        spent, most = 0, min(plan.bank, plan.total - self.spent)
+        while spent < most and not (self.late and x):
+            own = LogWeights(torch.cat(log_weight)) if log_weight else None
+            share = proposal.share if own is None else own.share()
+            effective = (0.0 if own is None else float(own.ess())) + (
+                float(pool.weights.ess()) if len(pool) else 0.0
+            )
+            if effective >= plan.ess or (spent and share < plan.least / 2):
                 break
-            n = min(most - spent, max(1024, min(_PIECE, round(1.1 * short / share))))
+            n = round(1.1 * (plan.ess - effective) / max(share, plan.least))
+            n = min(most - spent, max(1024, min(_PIECE, n)))
             spent += n
             self.report(f"bank, {spent} points")
-            x = proposal.law.sample(n, self.generator)
-            drawn.append((proposal.law, x, self._values(x)))
-            pool.add(*drawn[-1])
-            share = pool.weights.share()
-            if share < plan.least / 2:
-                break
+            x.append(law.sample(n, self.generator))
+            energy.append(self._values(x[-1]))
+            log_weight.append(-energy[-1] - law.log_prob(x[-1]))
+        if x:
+            pool.add(law, torch.cat(x), torch.cat(energy))
         weights = pool.weights
         shape = weights.pareto_shape()
         heavy = shape > plan.tail and weights.unseen() > plan.unseen
@@ -423,8 +430,8 @@ class _Explorer:
                 f"the bank was worth {weights.share():.1%} of its points, with a weight tail of "
                 f"Pareto shape {shape:.2f}"
             )
-            for law, x, energy in drawn:  # what it met enters the pool
-                self.pool.add(law, x, energy)
+            if x:  # what it met is for the next proposal to learn from
+                self.pool.add(law, torch.cat(x), torch.cat(energy))
             return None
         self.meter.check(self.problem.coordinates.forward(pool.x[-1024:])[0])
         return Bank.of_draws(pool.x[None], weights.value[None], None, pool.law)

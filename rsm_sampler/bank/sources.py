@@ -34,7 +34,14 @@ from rsm_sampler.montecarlo.densities import (
     StudentT,
     weighted_moments,
 )
-from rsm_sampler.montecarlo.mixtures import allocated, cholesky, extended, refitted, split
+from rsm_sampler.montecarlo.mixtures import (
+    allocated,
+    cholesky,
+    extended,
+    local_share,
+    refitted,
+    split,
+)
 from rsm_sampler.montecarlo.weights import LogWeights
 from rsm_sampler.target.problem import Problem
 
@@ -47,6 +54,7 @@ _HEAVIEST = 8  # points of large weight that become components, in a round
 _HEAVY = 0.01  # of the total weight, for that
 _DEFENSIVE = 2.0  # degrees of freedom of the defensive law
 _LAST = 3  # rounds whose laws make the proposal
+_FITTING = 0.5  # share of effective draws within a component that need not be split
 _REMEMBERED = 5  # laws whose draws a fit looks at
 
 
@@ -146,7 +154,8 @@ class BasinMixture:
         Called again it goes on from where it ended, with all that the pool has by then.
         """
         plan = scene.plan
-        n, rounds = plan.round, []
+        n = plan.round
+        rounds: list[tuple[float, Mixture, Tensor, Tensor]] = []
         if self._mixture is None:
             mixture = self._components(scene)
         else:
@@ -157,29 +166,31 @@ class BasinMixture:
             if n < 16:
                 break
             scene.pool.trim(_REMEMBERED)
-            own, drawn = scene.draw(mixture, n), n
-            rounds.append((own.share(), mixture))
-            scene.report(f"mixture of {len(mixture.loc)}, round {i + 1}: {own.share():.2f}")
-            best = max(share for share, _ in rounds)
+            share = scene.draw(mixture, n).share()
+            rounds.append((share, mixture, scene.pool.x[-n:], scene.pool.energy[-n:]))
+            scene.report(f"mixture of {len(mixture.loc)}, round {i + 1}: {share:.2f}")
+            best = max(each[0] for each in rounds)
             n = min(16_384, round(1.4 * n))
             if not plan.worth(rounds[-1][0], n) or (i >= 3 and best < plan.hopeless):
                 break
-            if i >= 5 and best > 0.5 and best not in [share for share, _ in rounds[-3:]]:
-                break
+            if i >= 3 and best > 0.5 and max(each[0] for each in rounds[-2:]) < 0.95 * best:
+                break  # components that fit single draws lower it
             mixture = self._adapted(scene, mixture, grow=i > 0, paths=i == 1 and best < plan.poor)
         if not rounds:
             return None
         self._mixture = rounds[-1][1]
-        best = max(share for share, _ in rounds)
-        last = [(share, law) for share, law in rounds[-_LAST:] if share > 0.5 * best]
-        if not last:
-            last = [max(rounds, key=lambda each: each[0])]
-        laws = [law for _, law in last]
-        share = sum(share for share, _ in last) / len(last)
-        law = laws[0] if len(laws) == 1 else Joint(laws, [1] * len(laws))
-        # The last draws came after the last fit.
-        x, energy = scene.pool.x[-drawn:], scene.pool.energy[-drawn:]
-        return Proposal(self.name, law, share, (rounds[-1][1], x, energy))
+        best = max(range(len(rounds)), key=lambda i: rounds[i][0])
+        share, law, x, energy = rounds[best]
+        last = rounds[-_LAST:]
+        if len(last) < _LAST or (share > 0.5 and min(each[0] for each in last) > 0.5 * share):
+            return Proposal(self.name, law, share, (law, x, energy))
+        # Single draws of large weight make shares jump: several laws cover what one misses.
+        last = [each for each in last if each[0] > 0.5 * share] or [rounds[best]]
+        joint = Joint([each[1] for each in last], [1] * len(last))
+        _, law, x, energy = last[-1]
+        return Proposal(
+            self.name, joint, sum(each[0] for each in last) / len(last), (law, x, energy)
+        )
 
     def _components(self, scene: Scene) -> Mixture:
         """Several scales at each basin, and the broad law."""
@@ -206,7 +217,7 @@ class BasinMixture:
             torch.stack(loc),
             torch.stack(tril),
             scene.defence,
-            float(max(5, dim)),
+            float(max(5, 4 * dim)),
         )
 
     def _adapted(self, scene: Scene, mixture: Mixture, *, grow: bool, paths: bool) -> Mixture:
@@ -225,7 +236,9 @@ class BasinMixture:
             if heavy is not None:
                 mixture = extended(mixture, *heavy, share=0.1)
         if grow:
-            mixture = split(mixture, scene.plan.components)
+            x, energy = scene.pool.x[-scene.pool.counts[-1] :], scene.pool.energy
+            local = local_share(mixture, x, energy[-len(x) :])
+            mixture = split(mixture, scene.plan.components, local < _FITTING)
         most = min(_FITTED, max(8192, 40 * dim * len(mixture.loc)))
         index = tempered.resampled(min(most, 2 * len(scene.pool)), scene.generator)
         index, copies = index.unique(return_counts=True)

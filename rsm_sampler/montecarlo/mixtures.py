@@ -17,12 +17,12 @@ References:
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rsm_sampler.montecarlo.densities import Density, Mixture
 
-__all__ = ["allocated", "cholesky", "extended", "refitted", "split"]
+__all__ = ["allocated", "cholesky", "extended", "local_share", "refitted", "split"]
 
 _LEAST_SHARE = 0.02  # of a component, in equal shares: it stays in sight
 _DROPPED = 1e-3  # likewise: it is given up
@@ -85,18 +85,19 @@ def refitted(
     return mixture
 
 
-def split(mixture: Mixture, most: int) -> Mixture:
-    """Components of more than a quarter of an equal share in two, along their longest axes.
+def split(mixture: Mixture, most: int, poor: Bool[Tensor, " parts"]) -> Mixture:
+    """Poor components of more than a quarter of an equal share in two, along their longest axes.
 
     Mean and covariance of the pair are those of the component.
 
     Arguments:
         mixture: The mixture.
         most: Most components of the result.
+        poor: Which components may be split.
     """
     number = len(mixture.loc)
-    order = mixture.weight.argsort(descending=True)[: max(0, most - number)]
-    order = order[mixture.weight[order] > 0.25 / number]
+    order = mixture.weight.argsort(descending=True)
+    order = order[poor[order] & (mixture.weight[order] > 0.25 / number)][: max(0, most - number)]
     if len(order) == 0:
         return mixture
     covariance = mixture.scale_tril @ mixture.scale_tril.mT
@@ -178,3 +179,25 @@ def allocated(
         share / share.sum(), mixture.loc, mixture.scale_tril, mixture.broad, mixture.df,
         share=mixture.share,
     )  # fmt: skip
+
+
+def local_share(
+    mixture: Mixture, x: Float[Tensor, "n dim"], energy: Float[Tensor, " n"]
+) -> Float[Tensor, " parts"]:
+    r"""Share of effective draws within each component, of draws of the mixture.
+
+    .. math:: \frac{(\sum_i r_{ik} v_i)^2}{\sum_i r_{ik} \, \sum_i r_{ik} v_i^2}
+
+    with the weights :math:`v_i = e^{-E(x_i)} / q(x_i)` and responsibilities :math:`r_{ik}`.
+
+    Arguments:
+        mixture: The mixture.
+        x: Draws of it.
+        energy: Their energies.
+    """
+    log_q, terms = mixture.log_probs(x)
+    own = torch.softmax(terms, -1)
+    log_v = torch.where(energy < torch.inf, -energy - log_q, -torch.inf)
+    v = (log_v - log_v.amax()).exp().nan_to_num(0.0)
+    square = (v @ own).square()
+    return square / (own.sum(0) * (v.square() @ own)).clamp(min=1e-300)
