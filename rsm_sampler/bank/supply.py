@@ -181,7 +181,7 @@ class Supply:
         start = bank.points[0][-2 * _WALKERS :]
         order = torch.randperm(len(start), generator=self.generator, device=start.device)
         start = start[order[:_WALKERS]]
-        x = self.coordinates.single(self.coordinates.forward(start[:2])[0])
+        x = self.coordinates.inside(self.coordinates.forward(start[:2])[0], self.energy.dtype)
         works = self.gradients not in {"none", "differences"}
         works = works and differentiable(self.energy, x, "search")
         leapfrog = max(1, min(_LEAPFROG, evaluations // (2 * _WALKERS * _MOVES)))
@@ -335,7 +335,7 @@ class Supply:
 
         left = self.energy.remaining
         if method == "auto":
-            some = self.coordinates.single(to_x(z[:2])[0])
+            some = self.coordinates.inside(to_x(z[:2])[0], self.energy.dtype)
             works = differentiable(self.energy, some, "gradients")
             method = "autograd" if works else "differences"
             if left is None and not works:
@@ -349,7 +349,7 @@ class Supply:
         chosen = seen[torch.arange(count, device=z.device) * len(seen) // count]
         if method == "autograd":
             found = autograd_gradient(
-                self.energy, to_x, z[chosen], purpose="gradients", single=self.coordinates.single
+                self.energy, to_x, z[chosen], purpose="gradients", inside=self.coordinates.inside
             )
         else:
             found = difference_gradient(
@@ -380,9 +380,9 @@ class Supply:
             if by_values:
                 return difference_gradient(self._value, u, step=_FINE * scale.diagonal()), None
             forward = self.coordinates.forward
-            single = self.coordinates.single
+            inside = self.coordinates.inside
             return autograd_gradient(
-                self.energy, forward, u, purpose="search", single=single
+                self.energy, forward, u, purpose="search", inside=inside
             ), None
 
         def curved(u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -402,9 +402,8 @@ class Supply:
     ) -> Tensor:
         """Energy of unbounded coordinates."""
         x, log_det = self.coordinates.forward(u)
-        single = None if context is None else context.float()
-        value = self.energy(self.coordinates.single(x), single, purpose=purpose)
-        return value.double() - log_det
+        x = self.coordinates.inside(x, self.energy.dtype)
+        return self.energy(x, context, purpose=purpose) - log_det
 
     def _scattered(self, n: int) -> Tensor:
         assert self.contexts is not None

@@ -65,7 +65,7 @@ def value_and_gradient(
         (gradient,) = pull(torch.ones_like(value))
         return value.detach(), gradient.detach()
     with torch.enable_grad():
-        value = function(leaf.view_as(leaf))  # PyTorch's counter of operations takes no leaf
+        value = function(leaf.clone())  # which the function may change in place
     if not value.requires_grad:
         raise ValueError("energy must be differentiable by autograd for this form, got no graph")
     (gradient,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
@@ -78,7 +78,7 @@ def autograd_gradient(
     z: Float[Tensor, "n dim"],
     *,
     purpose: str = "training",
-    single: Callable[[Tensor], Tensor] = Tensor.float,
+    inside: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
     chunk: int = 4096,
 ) -> Float[Tensor, "n dim"]:
     """Gradients with respect to z of the energy of x, less the volume of the transform.
@@ -88,7 +88,7 @@ def autograd_gradient(
         transform: From z to x and the log-determinants.
         z: Points.
         purpose: The energy's account.
-        single: How points x come into single precision.
+        inside: How points x come into the precision that the energy sees.
         chunk: Points at a time.
 
     Raises:
@@ -99,7 +99,7 @@ def autograd_gradient(
         with torch.enable_grad():
             leaf = piece.detach().clone().requires_grad_()
             x, log_det = transform(leaf)
-            _, slope = energy.value_and_gradient(single(x.detach()), purpose=purpose)
+            _, slope = energy.value_and_gradient(inside(x.detach(), energy.dtype), purpose=purpose)
             pulled = (x * slope.to(x)).sum() - log_det.sum()
             pieces.append(torch.autograd.grad(pulled, leaf)[0])
     return torch.cat(pieces)
