@@ -980,7 +980,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     assert sampler.dim == 6
     x = sampler.sample(2000)
     points = x.unflatten(-1, (3, 2))
-    torch.testing.assert_close(points.mean(1), torch.zeros(2000, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(points.mean(1), torch.zeros(2000, 2).double(), atol=1e-5, rtol=0)
     exact = trainer.bank.points[0]
     weight = torch.softmax(trainer.bank.log_weight[0], 0)
     energy = trio(trainer.coordinates.forward(exact)[0])
@@ -989,7 +989,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     assert trainer.history[-1]["ess"] > 0.7
     # log Z on the subspace: three lengths near 1 fix a triangle, which turns freely
     assert abs(trainer.history[-1]["log_z"] - trainer.bank.log_z) < 0.2
-    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]]).double()
     moved = (points[:50] @ turn)[:, [2, 0, 1]].flatten(1) + 5.0
     torch.testing.assert_close(
         sampler.log_prob(moved), sampler.log_prob(x[:50]), atol=2e-3, rtol=1e-3
@@ -1002,7 +1002,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     )
     refined = again.refine(x[:64], steps=3)
     torch.testing.assert_close(
-        refined.x.unflatten(-1, (3, 2)).mean(1), torch.zeros(64, 2), atol=1e-5, rtol=0
+        refined.x.unflatten(-1, (3, 2)).mean(1), torch.zeros(64, 2).double(), atol=1e-5, rtol=0
     )
 
 

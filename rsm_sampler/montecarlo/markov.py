@@ -215,7 +215,7 @@ class Kernel(ABC):
         target = self.target_acceptance(state.x.shape[-1])
         if target is not None and state.acceptance is not None:
             excess = _mean_to(state.acceptance, self.step_size.shape) - target
-            self.step_size = self.step_size * (gain * excess).exp()
+            self.step_size = self.step_size * (gain * excess).exp().to(self.step_size)
 
 
 class RandomWalk(Kernel):
@@ -310,7 +310,7 @@ class HMC(Kernel):
         momentum = normal_like(state.x, generator)
         h = self.step_size
         if self.jitter > 0:
-            h = h * (1 + self.jitter * (2 * uniform_like(state.energy, generator) - 1))
+            h = h * (1 + self.jitter * (2 * uniform_like(state.x[..., 0], generator) - 1))
         proposal, final = self.trajectory(state, momentum, h)
         kinetic = (momentum.square() - final.square()).sum(dim=-1) / 2
         log_ratio = state.potential - proposal.potential + kinetic
