@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rsm_sampler.target.energy import well_formed
+from rsm_sampler.target.calls import Calls, with_gradient
 
 __all__ = ["Team"]
 
@@ -86,9 +86,19 @@ class Team:
         ends = [n * i // self.size for i in range(self.size + 1)]
         return torch.cat([p[: ends[i + 1] - ends[i]] for i, p in enumerate(parts)])
 
-    def energy(self, energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The energy, each process evaluating its share of the points."""
-        return energy if self.size == 1 or not callable(energy) else _SharedEnergy(energy, self)
+    def energy(
+        self, energy: Callable[..., Tensor], call_timeout: float | None = None
+    ) -> Callable[..., Tensor]:
+        """The energy, each process evaluating its share of the points.
+
+        Arguments:
+            energy: The energy.
+            call_timeout: Seconds of one call of it, if there are several processes: then nobody
+                else can bound it.
+        """
+        if self.size == 1 or not callable(energy):
+            return energy
+        return _SharedEnergy(energy, self, call_timeout)
 
     def denoiser(self, denoiser: nn.Module) -> Callable[..., Tensor]:
         """The denoiser, each process working on its share of the rows.
@@ -99,42 +109,38 @@ class Team:
 
 
 class _SharedEnergy:
-    def __init__(self, energy: Callable[..., Tensor], team: Team) -> None:
-        self.energy, self.team = energy, team
+    batched = True  # how many points a process evaluates at once is its own affair
+
+    def __init__(
+        self, energy: Callable[..., Tensor], team: Team, call_timeout: float | None
+    ) -> None:
+        self.energy, self.team, self.call_timeout = energy, team, call_timeout
         self.dim: Any = getattr(energy, "dim", None)
+        self._calls: dict[torch.dtype, Calls] = {}
+
+    def agreed(self, stop: bool) -> bool:
+        """Whether any process wants to stop."""
+        return bool(self.team.most(int(stop)))
 
     def __call__(self, x: Tensor, *context: Tensor) -> Tensor:
         own = self.team.share(len(x))
         graph = torch.is_grad_enabled() and x.requires_grad
-        points = x[own].detach().requires_grad_(graph)
         value, gradient, problem = x.new_empty(0), None, None
+        if x.dtype not in self._calls:
+            self._calls[x.dtype] = Calls(self.energy, x.dtype, self.call_timeout)
         try:
-            value = well_formed(self.energy(points, *(c[own] for c in context)), points)
-            if graph and value.requires_grad:
-                (gradient,) = torch.autograd.grad(value.sum(), points)
+            value, gradient, _ = self._calls[x.dtype](
+                x[own], *(c[own] for c in context), gradient=graph
+            )
         except Exception as error:
             problem = error
         if self.team.most(int(problem is not None)):
             raise problem or RuntimeError("the energy failed in another process")
         value = self.team.gather(value, len(x))
-        if gradient is None:
+        if not graph or self.team.most(int(gradient is None)):
             return value
-        return _WithGradient.apply(x, value, self.team.gather(gradient, len(x)))
-
-
-class _WithGradient(torch.autograd.Function):
-    """Known values with known gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        (gradient,) = ctx.saved_tensors
-        return upstream.unsqueeze(-1) * gradient, None, None
+        assert gradient is not None
+        return with_gradient(x, value, self.team.gather(gradient, len(x)))
 
 
 class _SharedDenoiser:

@@ -55,9 +55,9 @@ class WeightedDraws:
     """Draws of a sampler with their importance log-weights.
 
     Attributes:
-        x: Draws, (n, dim).
+        x: Draws, (n, dim), in double precision like all that follows.
         log_weight: ``-energy - log q``, (n); their log-mean-exp estimates log Z.
-        energy: Energies, (n).
+        energy: Energies, (n), of exactly these draws.
         log_prob: Log-density of the process that made the draws, (n); None for path weights.
     """
 
@@ -69,7 +69,7 @@ class WeightedDraws:
     @property
     def ess(self) -> float:
         """Effective sample size, in draws."""
-        return float(effective_sample_size(self.log_weight.double()))
+        return float(effective_sample_size(self.log_weight))
 
     def resample(
         self, n: int, *, generator: torch.Generator | None = None
@@ -204,6 +204,9 @@ class EnergySampler:
     ) -> Float[Tensor, "n dim"]:
         """Independent draws, raw: neither reweighted nor refined.
 
+        The network works in single precision, in coordinates of width one; location and scale are
+        applied in double precision, and so are the draws.
+
         Arguments:
             n: Number of draws.
             context: One context for all draws, or one for each.
@@ -230,9 +233,9 @@ class EnergySampler:
         sampler = self.process(method, num_steps)
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        pieces = [torch.zeros(0, self.dim, device=self.device)]
+        pieces = [torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)]
         for i in range(0, n, chunk):
-            piece = None if context is None else context[i : i + chunk]
+            piece = None if context is None else context[i : i + chunk].to(self._dtype)
             z = sampler.sample(min(chunk, n - i), context=piece, generator=generator)
             pieces.append(self._to_x(z)[0])
         return torch.cat(pieces)
@@ -252,8 +255,12 @@ class EnergySampler:
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
-        """Draws of the ODE sampler with the exact log-density of the map that made them."""
+        """Draws of the ODE sampler with the exact log-density of the map that made them.
+
+        Both in double precision, (n, dim) and (n).
+        """
         context = self._context(n, context)
+        context = None if context is None else context.to(self._dtype)
         flow = self.process("heun", num_steps)
         assert isinstance(flow, Heun)
         generator = self.generator if generator is None else generator
@@ -296,23 +303,26 @@ class EnergySampler:
             x, log_prob = self.sample_with_log_prob(
                 n, context=context, num_steps=num_steps, generator=generator
             )
-            value = meter(x, self._context(n, context), purpose=purpose)
+            value = self._energies(meter, x, self._context(n, context), purpose)
             return WeightedDraws(x, -value - log_prob, value, log_prob)
         full = self._context(n, context)
+        given = None if full is None else full.to(self._dtype)
         chain = self.process("ancestral", num_steps or 4 * self.num_steps)
         assert isinstance(chain, Ancestral)
         generator = self.generator if generator is None else generator
         ends: list[tuple[Tensor, Tensor]] = []
+        own: Tensor | None = None
 
-        def in_z(z: Tensor, c: Tensor | None = None) -> Tensor:
+        def in_z(z: Tensor, *_: Tensor) -> Tensor:
             x, log_det = self._to_x(z)
-            value = meter(x, c, purpose=purpose)
+            value = self._energies(meter, x, own, purpose)
             ends.append((x, value))
             return value - log_det
 
         kept = []
         for i in range(0, n, _CHUNK):
-            piece = None if full is None else full[i : i + _CHUNK]
+            own = None if full is None else full[i : i + _CHUNK]
+            piece = None if given is None else given[i : i + _CHUNK]
             _, log_weight = chain.sample_with_path_weight(
                 min(_CHUNK, n - i), in_z, context=piece, generator=generator
             )
@@ -332,7 +342,7 @@ class EnergySampler:
         """Short Metropolis chains that leave the target invariant, from given points.
 
         Repairs the shape of modes, not their weights. Report refined samples apart from raw ones;
-        the result counts its evaluations, which no budget limits.
+        the result counts its evaluations, and so does the sampler's own meter as ``"refinement"``.
 
         Arguments:
             x: Points, (n, dim), such as raw draws.
@@ -348,15 +358,16 @@ class EnergySampler:
         Raises:
             ValueError: If the sampler has no energy, or an argument is out of range.
         """
-        energy, full = self._energy(None).energy, self._context(len(x), context)
-        z = self.affine.inverse(self.coordinates.inverse(x.to(self.device)))
+        meter, full = self._energy(None), self._context(len(x), context)
+        x = x.to(device=self.device, dtype=torch.float64)
+        z = self.affine.inverse(self.coordinates.inverse(x))
 
-        def in_z(points: Tensor) -> Tensor:
+        def in_z(points: Tensor, own: Tensor | None = None) -> Tensor:
             moved, log_det = self._to_x(points)
-            return (energy(moved) if full is None else energy(moved, full)) - log_det
+            return self._energies(meter, moved, own, "refinement") - log_det
 
         generator = self.generator if generator is None else generator
-        result = refine(in_z, z, steps=steps, method=method, generator=generator)
+        result = refine(in_z, z, context=full, steps=steps, method=method, generator=generator)
         return dataclasses.replace(result, x=self._to_x(result.x)[0])
 
     def log_prob(
@@ -369,6 +380,9 @@ class EnergySampler:
     ) -> Float[Tensor, " n"] | tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Log-density at given points, by the probability-flow ODE with exact divergence.
 
+        In double precision, as far as location, scale and bounds go; the network's part is in
+        single precision.
+
         Arguments:
             x: Points, (n, dim); outside of the bounds the log-density is -inf.
             context: One context for all points, or one for each.
@@ -380,13 +394,13 @@ class EnergySampler:
         """
         if x.dim() != 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (n, {self.dim}), got {tuple(x.shape)}")
-        x = x.to(self.device)
+        x = x.to(device=self.device, dtype=torch.float64)
         context = self._context(len(x), context)
-        like = next(self.denoiser.parameters())
+        context = None if context is None else context.to(self._dtype)
         u = self.coordinates.inverse(x)
         inside = ~u.isnan().any(-1)
         u = torch.where(inside.unsqueeze(-1), u, self.affine.loc.to(u))
-        z = self.affine.inverse(u).to(like.dtype)
+        z = self.affine.inverse(u).to(self._dtype)
         flow = self.process("heun", 2 * self.num_steps if num_steps is None else num_steps)
         assert isinstance(flow, Heun)
         log_prob, error = flow.log_prob(z, context=context)
@@ -477,16 +491,27 @@ class EnergySampler:
             state["num_steps"],
             state["architecture"],
             state["seed"],
-            None if energy is None else MeteredEnergy(energy, dim, context_dim=context_dim),
+            None if energy is None else metered(energy, dim, context_dim=context_dim),
             state["search"],
             state["history"],
             state["counts"],
         )
 
     def _to_x(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The point x of z, and log|det dx/dz|."""
-        x, log_det = self.coordinates.forward(self.affine.forward(z))
+        """The point x of z, and log|det dx/dz|, both in double precision."""
+        x, log_det = self.coordinates.forward(self.affine.forward(z.double()))
         return x, log_det + self.affine.log_det
+
+    def _energies(
+        self, meter: MeteredEnergy, x: Tensor, context: Tensor | None, purpose: str
+    ) -> Tensor:
+        """Energies of points that stay inside the bounds in the meter's precision."""
+        return meter(self.coordinates.inside(x, meter.dtype), context, purpose=purpose)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Precision of the network."""
+        return next(self.denoiser.parameters()).dtype
 
     def _energy(self, energy: Callable[..., Tensor] | None) -> MeteredEnergy:
         energy = self.energy if energy is None else energy
@@ -500,7 +525,7 @@ class EnergySampler:
             raise ValueError(f"context must be {rule}, got {context}")
         if context is None or self.context_dim is None:
             return None
-        context = torch.as_tensor(context, dtype=torch.float32, device=self.device)
+        context = torch.as_tensor(context, dtype=torch.float64, device=self.device)
         if context.shape not in {(self.context_dim,), (n, self.context_dim)}:
             raise ValueError(
                 f"context must have shape ({self.context_dim},) or ({n}, {self.context_dim}), "

@@ -108,7 +108,7 @@ class EGNN(nn.Module):
             self.inside.reduced,
         )
         self.register_buffer("pairs", torch.triu_indices(num_particles, num_particles, 1))
-        self.register_buffer("centres", torch.linspace(0, _REACH, radial))
+        self.register_buffer("centres", torch.linspace(0, _REACH, radial, dtype=torch.float32))
         self.embedding = linear(17, width, generator)
         self.of_radius = linear(radial + 1, width, generator)
         self.direction = linear(width, vectors, generator)

@@ -149,6 +149,8 @@ def explore(
     centre: Sequence[float] | Tensor | None = None,
     scale: float | None = None,
     sources: Sequence[BankSource] | None = None,
+    dtype: torch.dtype = torch.float64,
+    call_timeout: float | None = None,
     device: str | torch.device = "cpu",
     progress: bool | None = None,
 ) -> Exploration:
@@ -169,6 +171,9 @@ def explore(
         scale: Width to look at, if known to an order of magnitude.
         sources: Ways to propose a law of draws, asked in this order
             (:mod:`rsm_sampler.bank.sources`).
+        dtype: Precision of the points that the energy sees.
+        call_timeout: Seconds that one evaluation may take; a point that takes longer has weight
+            zero.
         device: Where points live.
         progress: Whether to show what is being done; None to show it on a terminal.
 
@@ -191,7 +196,7 @@ def explore(
         raise ValueError(f"seconds must be positive, got {seconds}")
     started = time.perf_counter()
     device = torch.device(device)
-    meter = MeteredEnergy(energy, dim, budget=budget)
+    meter = MeteredEnergy(energy, dim, budget=budget, dtype=dtype, call_timeout=call_timeout)
     low, high = (-math.inf, math.inf) if bounds is None else bounds
     coordinates = Bounds(low, high, dim)
     problem = Problem(meter, coordinates, gradients=gradients)

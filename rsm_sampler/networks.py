@@ -58,7 +58,8 @@ def embedded_level(log_sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch
         (torch.Size([3, 17]), torch.Size([1, 17]))
     """
     level = shared_level(log_sigma).unsqueeze(-1)
-    angle = level * (torch.arange(1, 9, device=level.device) * (math.pi / 20))
+    numbers = torch.arange(1, 9, dtype=level.dtype, device=level.device)
+    angle = level * (numbers * (math.pi / 20))
     return torch.cat([level / 10, angle.sin(), angle.cos()], -1)
 
 
@@ -131,13 +132,14 @@ class MLP(nn.Module):
         inputs = dim + context_dim
         self.dim, self.context_dim, self.depth = dim, context_dim, depth
         # Rows of projections shrink with the number of inputs: the phase keeps its spread.
-        projection = torch.randn(inputs, frequencies, generator=generator)
+        single = torch.float32  # whatever torch's default is
+        projection = torch.randn(inputs, frequencies, dtype=single, generator=generator)
         projection[:dim] *= bandwidth
         projection[dim:] *= context_bandwidth
         self.register_buffer("projection", projection * math.sqrt(2 / (1 + inputs)))
         if context_dim:
-            self.register_buffer("context_loc", torch.zeros(context_dim))
-            self.register_buffer("context_scale", torch.ones(context_dim))
+            self.register_buffer("context_loc", torch.zeros(context_dim, dtype=single))
+            self.register_buffer("context_scale", torch.ones(context_dim, dtype=single))
         self.harmonics = harmonics
         self.embedding = linear(17, 32, generator)
         self.modulation = linear(32, 2 * depth * width, generator)
@@ -147,7 +149,8 @@ class MLP(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         if harmonics:
-            self.register_buffer("waves", 2.0 ** (0.5 * torch.arange(harmonics)))
+            number = torch.arange(harmonics, dtype=single)
+            self.register_buffer("waves", 2.0 ** (0.5 * number))
             self.amplitudes = linear(32, 2 * dim * harmonics, generator)
             nn.init.zeros_(self.amplitudes.weight)
             nn.init.zeros_(self.amplitudes.bias)
@@ -212,14 +215,14 @@ class MLP(nn.Module):
 
 
 def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer with PyTorch's usual initial law, drawn from the given generator.
+    """A single-precision linear layer with PyTorch's usual initial law.
 
     Arguments:
         inputs: Length of an input.
         outputs: Length of an output.
         generator: Source of the weights; torch's own if None.
     """
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float32)
     reach = 1 / math.sqrt(inputs)
     nn.init.uniform_(layer.weight, -reach, reach, generator=generator)
     nn.init.uniform_(layer.bias, -reach, reach, generator=generator)

@@ -120,6 +120,11 @@ class EnergyDiffusionTrainer:
             differentiate ``"gradient"`` or ``"mixed"``.
         centre: Where to look first, one number for each coordinate, within the bounds.
         scale: Width to look at, if known to an order of magnitude, in the units of x.
+        dtype: Precision in which the energy sees points and contexts: ``torch.float64``, or
+            ``torch.float32`` for energies that cannot do with it, such as single-precision
+            networks. Its values are kept in double precision.
+        call_timeout: Seconds that one call of the energy may take; points that take longer have
+            weight zero. See :class:`~rsm_sampler.target.energy.MeteredEnergy`.
         samples: Samples of the target, for denoising score matching (9) on data instead of a
             search; the energy then only serves checks and diagnosis.
         warm_start: A trained sampler whose network and coordinates are the start.
@@ -158,6 +163,8 @@ class EnergyDiffusionTrainer:
         target: TargetForm = "value",
         centre: Sequence[float] | Tensor | None = None,
         scale: float | None = None,
+        dtype: torch.dtype = torch.float64,
+        call_timeout: float | None = None,
         samples: Float[Tensor, "n dim"] | None = None,
         warm_start: EnergySampler | None = None,
         config: TrainerConfig | None = None,
@@ -189,7 +196,12 @@ class EnergyDiffusionTrainer:
         self.team = Team(device)
         self.device = self.team.device
         self.energy = MeteredEnergy(
-            self.team.energy(energy), dim, context_dim=context_dim, budget=budget
+            self.team.energy(energy, call_timeout),
+            dim,
+            context_dim=context_dim,
+            budget=budget,
+            dtype=dtype,
+            call_timeout=call_timeout,
         )
         self._own_energy = energy
         self.config = config or TrainerConfig()
@@ -216,7 +228,7 @@ class EnergyDiffusionTrainer:
         self.loss, self.proposal, self.target = loss, proposal, target
         self.gradients = gradients
         self.kernel = kernel or GaussianReferenceKernel(
-            torch.zeros(self.coordinates.reduced, device=self.device),
+            torch.zeros(self.coordinates.reduced, dtype=torch.float32, device=self.device),
             self.config.reference_scale,
             antithetic=True,
         )
@@ -488,7 +500,13 @@ class EnergyDiffusionTrainer:
             self.config.num_steps,
             self.architecture,
             self.seed,
-            MeteredEnergy(self._own_energy, self.dim, context_dim=self.context_dim),
+            MeteredEnergy(
+                self._own_energy,
+                self.dim,
+                context_dim=self.context_dim,
+                dtype=self.energy.dtype,
+                call_timeout=self.energy.call_timeout,
+            ),
             {}
             if bank is None
             else {
@@ -643,7 +661,7 @@ class EnergyDiffusionTrainer:
         n = self.sizes.batch_size
         levels = max(1, n // _POINTS_PER_LEVEL)
         n = n // levels * levels
-        u = torch.rand(levels, device=self.device, generator=generator)
+        u = torch.rand(levels, dtype=torch.float32, device=self.device, generator=generator)
         u = (u + torch.arange(levels, device=self.device)) / levels * (len(self._levels) - 1)
         below = u.long().clamp(max=len(self._levels) - 2)
         log_sigma = torch.lerp(self._levels[below], self._levels[below + 1], u - below)
@@ -651,7 +669,7 @@ class EnergyDiffusionTrainer:
         if self.loss == "reverse-sampling":
             assert self.proposal is not None
             sigma = sigma.repeat_interleave(n // levels)
-            x_t = self.proposal.draw(n, sigma, generator=generator)
+            x_t = self.proposal.draw(n, sigma, generator=generator).to(sigma)
             return reverse_sampling_loss(
                 self._shared,
                 self._standard_energy,
@@ -682,12 +700,17 @@ class EnergyDiffusionTrainer:
         return levels * below // len(self._on_host)
 
     def _standard_energy(self, z: Tensor) -> Tensor:
-        x, log_det = self.coordinates.forward(self.affine.forward(z))
+        """Energies of the network's coordinates, up to a constant, in double precision."""
+        x, log_det = self.coordinates.forward(self.affine.forward(z.double()))
+        # Near zero, where estimates in single precision need their digits.
+        log_z = math.nan if self.bank is None else self.bank.log_z
+        offset = log_z if math.isfinite(log_z) else 0.0
+        inside = self.coordinates.inside(x.detach(), self.energy.dtype)
         if self.target == "value":
-            return self.energy(x, purpose="training") - log_det
+            return self.energy(inside, purpose="training") + offset - log_det
         # On the meter a gradient counts as one more. Autograd goes on through the coordinates.
-        value, slope = self.energy.value_and_gradient(x, purpose="training")
-        return value + ((x - x.detach()) * slope).sum(-1) - log_det
+        value, slope = self.energy.value_and_gradient(inside, purpose="training")
+        return value + offset + ((x - x.detach()) * slope.to(x)).sum(-1) - log_det
 
     # ------------------------------------------------------------------ checks
 

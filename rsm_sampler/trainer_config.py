@@ -175,8 +175,12 @@ class TrainerConfig:
         Arguments:
             size: Number of quantiles.
         """
-        grid = torch.linspace(math.log(self.sigma_min), math.log(self.sigma_max), 4096)
+        low, high, single = math.log(self.sigma_min), math.log(self.sigma_max), torch.float32
+        grid = torch.linspace(low, high, 4096, dtype=single)
         density = 0.1 + (1 + grid.exp().square()).rsqrt()
-        mass = torch.cat([torch.zeros(1), (0.5 * (density[1:] + density[:-1])).cumsum(0)])
-        place = torch.searchsorted(mass / mass[-1], torch.linspace(0, 1, size)).clamp(max=4095)
+        mass = torch.cat(
+            [torch.zeros(1, dtype=single), (0.5 * (density[1:] + density[:-1])).cumsum(0)]
+        )
+        quantiles = torch.linspace(0, 1, size, dtype=single)
+        place = torch.searchsorted(mass / mass[-1], quantiles).clamp(max=4095)
         return grid[place]

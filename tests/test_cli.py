@@ -13,7 +13,7 @@ from rsm_sampler import EnergySampler, cli
 
 TINY = [
     *("--config.steps-per-cycle", "60", "--config.max-cycles", "1", "--config.width", "16"),
-    *("--config.batch-size", "128", "--config.check-draws", "64", "--config.num-steps", "8"),
+    *("--config.batch-size", "128", "--config.check-draws", "77", "--config.num-steps", "8"),
     *("--config.search-evaluations", "2000", "--config.bank-size", "2000"),
 ]
 
@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
         "        raise KeyboardInterrupt\n"
         "    return energy(x)\n"
         "def interrupted_late(x):\n"
-        "    if len(x) == 64:  # the check after training\n"
+        "    if len(x) == 77:  # the check after training\n"
         "        raise KeyboardInterrupt\n"
         "    return energy(x)\n"
         "def by_numpy(x):\n"
@@ -68,7 +68,7 @@ def error_line(capsys):
 def test_fit_sample_diagnose(folder, capsys):
     assert run("fit", "mine:energy", "--dim", 2, "--output", "s.pt", *TINY) == 0
     out = capsys.readouterr().out
-    assert re.search(r"evaluations   [\d,]+ \(search [\d,]+, check 64\)", out)
+    assert re.search(r"evaluations   [\d,]+ \(search [\d,]+, check 77\)", out)
     assert "rsm-sampler diagnose s.pt --energy mine:energy" in out
 
     assert run("sample", "s.pt", "-n", 50, "--output", "x.npz", "--figure", "x.png") == 0

@@ -64,7 +64,7 @@ def untrained(dim=2, context_dim=None, bounds=(-math.inf, math.inf), num_steps=8
 def test_samples_have_their_shape_and_follow_the_generator(method, n):
     sampler = untrained()
     x = sampler.sample(n, method=method, generator=rng(1))
-    assert (x.shape, x.dtype) == ((n, 2), torch.float32)
+    assert (x.shape, x.dtype) == ((n, 2), torch.float64)
     assert torch.equal(x, sampler.sample(n, method=method, generator=rng(1)))
     if n:
         assert not torch.equal(x, sampler.sample(n, method=method, generator=rng(2)))
@@ -264,6 +264,59 @@ def test_resampled_draws_have_the_targets_law():
     assert stats.kstest(draws.x[:, 0].numpy(), stats.norm.cdf).statistic > 2 * band
 
 
+@pytest.mark.parametrize("paths", [False, True])
+def test_draws_and_their_energies_are_in_double_precision(paths):
+    """At 2.5e6 with a width of 1e-3, where single precision has steps of 0.25."""
+    architecture = {"dim": 1, "width": 8, "depth": 1}
+    law = Affine(torch.tensor([2.457e6], dtype=DOUBLE), torch.tensor([[1e-3]], dtype=DOUBLE))
+    energy = lambda x: ((x[:, 0] - 2.457e6) / 1e-3).square() / 2  # noqa: E731
+    sampler = EnergySampler(
+        Denoiser.build(architecture, rng()).requires_grad_(False), law,
+        Bounds(-math.inf, math.inf, 1), EDM(0.01, 20.0), 16, architecture, 0,
+        MeteredEnergy(energy, 1),
+    )  # fmt: skip
+    draws = sampler.weighted_draws(4000, paths=paths, num_steps=64, generator=rng())
+    assert draws.x.dtype is draws.log_weight.dtype is draws.energy.dtype is DOUBLE
+    assert torch.equal(draws.energy, energy(draws.x))
+    if not paths:  # the untrained network is exact but for the steps
+        assert torch.equal(draws.log_weight, -draws.energy - draws.log_prob)
+        exact = -draws.energy - math.log(1e-3 * math.sqrt(2 * math.pi))
+        torch.testing.assert_close(sampler.log_prob(draws.x), exact, rtol=0, atol=0.05)
+    assert draws.ess > 3000
+    x = sampler.sample(4000, generator=rng())[:, 0]
+    band = math.sqrt(math.log(2 / 1e-6) / (2 * 4000)) + 0.005
+    assert stats.kstest((x.numpy() - 2.457e6) / 1e-3, stats.norm.cdf).statistic <= band
+
+
+def test_points_stay_inside_in_the_precision_of_the_energy():
+    """Where double precision is inside and single precision would be on the bound."""
+    seen = []
+
+    def energy(x):
+        seen.append(x.clone())
+        return x.sum(-1)
+
+    for dtype in (torch.float32, DOUBLE):
+        sampler = untrained(bounds=(1.0, 1.0 + 1e-5))
+        sampler.energy = MeteredEnergy(energy, 2, dtype=dtype)
+        draws = sampler.weighted_draws(500, generator=rng())
+        sampler.refine(draws.x[:50], steps=2, generator=rng())
+        low, high = torch.tensor([1.0, 1.0 + 1e-5], dtype=DOUBLE).to(dtype)
+        assert all(x.dtype is dtype and bool(((x > low) & (x < high)).all()) for x in seen)
+        seen.clear()
+
+
+def test_refinement_counts_on_the_samplers_meter():
+    target = GaussianMixture.paper()
+    for method in ("rw", "mala"):
+        sampler = exact_sampler(target)
+        result = sampler.refine(
+            sampler.sample(20, generator=rng()), steps=3, method=method, generator=rng()
+        )
+        assert sampler.energy.counts == {"refinement": result.evaluations}
+        assert result.x.dtype is result.energy.dtype is DOUBLE
+
+
 # Contexts
 
 
@@ -302,6 +355,27 @@ def test_contexts_stay_with_their_draws_across_chunks():
     x = sampler.sample(100, context=context, generator=rng(), chunk=33)
     assert (x[0::2] < 0).float().mean() > 0.9
     assert (x[1::2] > 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("method", ["rw", "mala"])
+def test_refined_draws_keep_their_contexts_beside_a_draw_of_infinite_energy(method):
+    """Tuning leaves that draw out, and its context with it."""
+    sampler, seen = conditional()[1], []
+
+    def energy(x, context):
+        seen.append(context.clone())
+        return torch.where(x[:, 0] > 90, torch.inf, (x[:, 0] - context[:, 0]).square() / 2)
+
+    sampler.energy = MeteredEnergy(energy, 1, context_dim=1)
+    context = 10 * torch.arange(8.0)[:, None].double()
+    x = context + 0.1
+    x[3] = 100.0
+    result = sampler.refine(x, context=context, steps=20, method=method, generator=rng())
+    assert result.num_infinite == 1 and result.x.shape == (8, 1)
+    finite = torch.arange(8) != 3
+    assert ((result.x - context)[finite].abs() < 5).all()
+    assert all(torch.equal(own, context if len(own) == 8 else context[finite]) for own in seen)
+    assert {len(own) for own in seen} == {7, 8}
 
 
 @pytest.mark.bad_input

@@ -498,3 +498,14 @@ def test_what_autograd_cannot_follow_is_refused():
     """Values without a graph have no gradient."""
     with pytest.raises(ValueError, match="differentiable by autograd"):
         value_and_gradient(lambda x: x.detach().sum(-1), torch.ones(3, 2))
+
+
+def test_functions_may_change_their_points_in_place():
+    def function(x):
+        x *= 3
+        return x.square().sum(-1)
+
+    x = torch.ones(2, 2)
+    value, gradient = value_and_gradient(function, x)
+    assert value.tolist() == [18.0, 18.0] and torch.equal(gradient, torch.full((2, 2), 18.0))
+    assert torch.equal(x, torch.ones(2, 2))

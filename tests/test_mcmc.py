@@ -486,7 +486,12 @@ def test_a_metered_energy_keeps_the_account():
 
 def test_float32_stays_float32():
     result = run_mcmc(quadratic, normal(6, 2, dtype=torch.float32), evaluations=3000)
-    assert result.samples.dtype == result.energy.dtype == torch.float32
+    assert result.samples.dtype == torch.float32 and result.energy.dtype == torch.float64
+    for method in ("rw", "mala", "hmc"):
+        result = run_mcmc(
+            quadratic, normal(6, 2, dtype=torch.float32), method=method, evaluations=3000
+        )
+        assert result.samples.dtype == torch.float32 and result.energy.dtype == torch.float64
 
 
 # --- refinement -------------------------------------------------------------------------

@@ -156,17 +156,118 @@ def test_the_energy_is_never_differentiated():
                                            config=tiny(max_cycles=1))))  # fmt: skip
 
 
-def test_energies_see_single_precision_and_may_answer_in_double():
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}])
+def test_energies_see_one_precision_and_draws_are_double(options):
     seen = set()
 
     def energy(x):
         seen.add(x.dtype)
-        return normal(x.double())
+        return normal(x).float()
 
-    sampler = fit(EnergyDiffusionTrainer(energy, 2, config=tiny(max_cycles=1)))
-    assert seen == {torch.float32}
-    assert sampler.sample(3).dtype == torch.float32
-    assert sampler.log_prob(torch.zeros(3, 2)).dtype == torch.float32
+    sampler = fit(EnergyDiffusionTrainer(energy, 2, config=tiny(max_cycles=1), **options))
+    sampler.weighted_draws(10), sampler.refine(sampler.sample(10), steps=2)
+    assert seen == {options.get("dtype", torch.float64)}
+    assert sampler.sample(3).dtype == torch.float64
+    assert sampler.log_prob(torch.zeros(3, 2)).dtype == torch.float64
+
+
+def test_an_energy_may_treat_its_arguments_and_torch_as_it_likes():
+    """In place, keeping and spoiling old points, with settings of its own and a graph."""
+    kept, one = [], torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def energy(x):
+        torch.set_default_dtype(torch.float64)
+        for old in kept:
+            old.fill_(torch.nan)
+        kept[:] = [x]
+        x *= 2
+        x /= 2
+        value = one * normal(x)
+        torch.set_grad_enabled(False)
+        return value
+
+    plain = fit(EnergyDiffusionTrainer(normal, 2, config=tiny(max_cycles=1)))
+    strange = fit(EnergyDiffusionTrainer(energy, 2, config=tiny(max_cycles=1)))
+    assert torch.is_grad_enabled() and torch.get_default_dtype() is torch.float32
+    same(plain, strange)
+
+
+@pytest.fixture
+def double_default():
+    """Switches torch's default precision, and back at the end."""
+    yield lambda: torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["plain", "contexts", "particles", "harmonics", "loss (14)"])
+def test_the_default_precision_of_torch_does_not_matter(kind, double_default):
+    """People set it to double at the top of their script; networks stay in single precision."""
+
+    def run():
+        energy, dim, options, config = normal, 2, {}, tiny(max_cycles=1, steps_per_cycle=20)
+        context = None
+        if kind == "contexts":
+            context = torch.zeros(2, dtype=torch.float32)
+            energy = lambda x, c: normal(x - c)  # noqa: E731
+            draw = lambda n, g: torch.randn(n, 2, generator=g, dtype=torch.float32)  # noqa: E731
+            options = {"context_dim": 2, "context": draw}
+        elif kind == "particles":
+            energy = lambda x: normal(x.view(-1, 3, 2).diff(dim=1).flatten(1))  # noqa: E731
+            dim, options = 6, {"particles": (3, 2)}
+        elif kind == "harmonics":
+            dim, config = 14, dataclasses.replace(config, harmonics=4, chain_evaluations=5000)
+        elif kind == "loss (14)":
+            centre = torch.zeros(2, dtype=torch.float32)
+            options = {"loss": "reverse-sampling", "proposal": GaussianProposal(centre, 2.0)}
+            config = dataclasses.replace(config, num_draws=4)
+        sampler = fit(EnergyDiffusionTrainer(energy, dim, config=config, **options))
+        x = sampler.sample(20, context=context)
+        report = sampler.diagnose(100, context=context, witness_evaluations=2000)
+        return (
+            torch.cat([p.flatten() for p in sampler.denoiser.parameters()]),
+            x,
+            *(sampler.sample(5, method=m, context=context) for m in ("ddim", "langevin")),
+            *(sampler.weighted_draws(20, context=context, paths=p).log_weight for p in (0, 1)),
+            sampler.log_prob(x, context=context),
+            sampler.refine(x, steps=2, context=context).x,
+            torch.tensor([report.log_z, report.witness.log_z], dtype=torch.float64),
+        )
+
+    single = run()
+    double_default()
+    assert single[0].dtype is torch.float32
+    for one, other in zip(single, run(), strict=True):
+        assert one.dtype is other.dtype and torch.equal(one, other)
+
+
+def test_a_float64_design_matrix_works():
+    matrix = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    energy = lambda x: (x @ matrix.T - 1).square().sum(-1) / 2  # noqa: E731
+    draws = fit(EnergyDiffusionTrainer(energy, 2, config=tiny(max_cycles=1))).weighted_draws(1000)
+    log_z = math.log(2 * math.pi) - float(torch.logdet(matrix.T @ matrix)) / 2
+    estimate = float(torch.logsumexp(draws.log_weight, 0)) - math.log(1000)
+    assert abs(estimate - log_z) <= 5 * math.sqrt(1 / draws.ess - 1 / 1000)
+
+
+def test_far_places_and_huge_energies_keep_their_digits():
+    """A time in Julian days to a minute, with 1e8 on its energy: log Z within 5 errors, 6e-7.
+
+    Single precision has steps of a quarter of a day there, and of 8 in the energy.
+    """
+    place, width = 2_457_000.7312, 7e-4
+    trainer = EnergyDiffusionTrainer(
+        lambda x: 1e8 + normal((x - place) / width),
+        1,
+        bounds=(2_457_000.0, 2_457_002.0),
+        config=tiny(max_cycles=1),
+    )
+    draws = fit(trainer).weighted_draws(2000)
+    assert draws.ess > 200
+    log_z = math.log(width * math.sqrt(2 * math.pi))
+    estimate = float(torch.logsumexp(draws.log_weight + 1e8, 0)) - math.log(2000)
+    assert abs(estimate - log_z) <= 5 * math.sqrt(1 / draws.ess - 1 / 2000)
+    standard = (draws.resample(2000) - place) / width
+    assert abs(float(standard.mean())) <= 5 / math.sqrt(draws.ess)
 
 
 @pytest.mark.parametrize("budget", [500, 1000, 5000, 20_000])
@@ -774,6 +875,8 @@ def test_reverse_sampling_ends_with_its_budget():
         ({"bounds": (0.0, 0.0)}, "bounds must have low below high in every coordinate"),
         ({"bounds": ([0.0, 0.0, 0.0], 1.0)}, "low must be a number or 2 numbers"),
         ({"bounds": (math.nan, 1.0)}, "low must not be NaN"),
+        ({"dtype": torch.bfloat16}, "dtype must be torch.float64 or torch.float32, got"),
+        ({"call_timeout": -1.0}, "call_timeout must be positive, got -1.0"),
         ({"device": "abacus"}, "device must be available on this machine, got 'abacus'"),
         ({"device": "cuda:99"}, "device must be available on this machine, got 'cuda:99'"),
     ],
@@ -877,7 +980,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     assert sampler.dim == 6
     x = sampler.sample(2000)
     points = x.unflatten(-1, (3, 2))
-    torch.testing.assert_close(points.mean(1), torch.zeros(2000, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(points.mean(1), torch.zeros(2000, 2).double(), atol=1e-5, rtol=0)
     exact = trainer.bank.points[0]
     weight = torch.softmax(trainer.bank.log_weight[0], 0)
     energy = trio(trainer.coordinates.forward(exact)[0])
@@ -886,7 +989,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     assert trainer.history[-1]["ess"] > 0.7
     # log Z on the subspace: three lengths near 1 fix a triangle, which turns freely
     assert abs(trainer.history[-1]["log_z"] - trainer.bank.log_z) < 0.2
-    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]]).double()
     moved = (points[:50] @ turn)[:, [2, 0, 1]].flatten(1) + 5.0
     torch.testing.assert_close(
         sampler.log_prob(moved), sampler.log_prob(x[:50]), atol=2e-3, rtol=1e-3
@@ -899,7 +1002,7 @@ def test_particles_are_learned_on_centred_configurations(tmp_path):
     )
     refined = again.refine(x[:64], steps=3)
     torch.testing.assert_close(
-        refined.x.unflatten(-1, (3, 2)).mean(1), torch.zeros(64, 2), atol=1e-5, rtol=0
+        refined.x.unflatten(-1, (3, 2)).mean(1), torch.zeros(64, 2).double(), atol=1e-5, rtol=0
     )
 
 

@@ -83,11 +83,11 @@ def test_points_stay_strictly_inside(u, dtype):
 def test_points_stay_inside_in_single_precision_too(u, low):
     """Made in double, where they may be nearer to a bound than single precision can say."""
     bounds = Bounds(low, low + max(1.0, abs(low)), dim=1)
-    x = bounds.single(bounds.forward(torch.tensor([u], dtype=torch.float64))[0])
+    x = bounds.inside(bounds.forward(torch.tensor([u], dtype=DOUBLE))[0], torch.float32)
     assert x.dtype == torch.float32
     assert bounds.low.float() < x < bounds.high.float()
     one = Bounds(-math.inf, 0.0, dim=1)
-    assert one.single(one.forward(torch.tensor([u], dtype=torch.float64))[0]) < 0
+    assert one.inside(one.forward(torch.tensor([u], dtype=DOUBLE))[0], torch.float32) < 0
 
 
 def test_small_distances_from_zero_keep_their_digits():

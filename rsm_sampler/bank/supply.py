@@ -193,7 +193,7 @@ class Supply:
         start = bank.points[0][-2 * _WALKERS :]
         order = torch.randperm(len(start), generator=self.generator, device=start.device)
         start = start[order[:_WALKERS]]
-        x = self.coordinates.single(self.coordinates.forward(start[:2])[0])
+        x = self.coordinates.inside(self.coordinates.forward(start[:2])[0], self.energy.dtype)
         works = self.gradients not in {"none", "differences"}
         works = works and differentiable(self.energy, x, "search")
         leapfrog = max(1, min(_LEAPFROG, evaluations // (2 * _WALKERS * _MOVES)))
@@ -347,7 +347,7 @@ class Supply:
 
         left = self.energy.remaining
         if method == "auto":
-            some = self.coordinates.single(to_x(z[:2])[0])
+            some = self.coordinates.inside(to_x(z[:2])[0], self.energy.dtype)
             works = differentiable(self.energy, some, "gradients")
             method = "autograd" if works else "differences"
             if left is None and not works:
@@ -361,7 +361,7 @@ class Supply:
         chosen = seen[torch.arange(count, device=z.device) * len(seen) // count]
         if method == "autograd":
             found = autograd_gradient(
-                self.energy, to_x, z[chosen], purpose="gradients", single=self.coordinates.single
+                self.energy, to_x, z[chosen], purpose="gradients", inside=self.coordinates.inside
             )
         else:
             found = difference_gradient(

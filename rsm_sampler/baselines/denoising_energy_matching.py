@@ -271,7 +271,7 @@ def idem(
         config.num_steps,
         architecture,
         seed,
-        MeteredEnergy(target.meter.energy, dim),
+        target.meter.apart(),
         {},
         history,
         dict(target.meter.counts),

@@ -97,7 +97,7 @@ class StandardEnergy:
         value, slope = self.meter.value_and_gradient(self.to_x(z.detach()))
         gradient = self.scale * self.coordinates.inverse(slope)
         # The graph ends here, in a plane with the energy's value and slope.
-        return value + ((z - z.detach()) * gradient).sum(-1)
+        return value.to(z) + ((z - z.detach()) * gradient).sum(-1)
 
 
 def location(loc: float | Tensor, dim: int) -> Float[Tensor, " dim"]:

@@ -106,6 +106,7 @@ class ChainState:
         path: How the energy is tempered, or None if it is not.
         acceptance: Acceptance probabilities of the last move, with shape :math:`(*)`.
         swap_acceptance: Those of the exchanges of neighbouring levels, in parallel tempering.
+        context: Contexts of the chains, with shape :math:`(*, d_c)`, for an energy that takes one.
         num_steps: Steps taken since the start.
     """
 
@@ -117,6 +118,7 @@ class ChainState:
     acceptance: Tensor | None = None
     swap_acceptance: Tensor | None = None
     num_steps: int = 0
+    context: Float[Tensor, "*batch context_dim"] | None = None
 
     @property
     def potential(self) -> Float[Tensor, "*batch"]:
@@ -131,7 +133,7 @@ class ChainState:
 
     def at(self, x: Float[Tensor, "*batch dim"]) -> "ChainState":
         """The same chains at other points, which are evaluated."""
-        energy, gradient = _evaluated(self.target, x, self.gradient is not None)
+        energy, gradient = _evaluated(self.target, x, self.gradient is not None, self.context)
         return dataclasses.replace(self, x=x, energy=energy, gradient=gradient)
 
 
@@ -161,7 +163,12 @@ class Kernel(ABC):
         """Evaluations that the start costs per chain."""
         return 2 if self.needs_gradient else 1
 
-    def start(self, energy: Energy | MeteredEnergy, x: Float[Tensor, "*batch dim"]) -> ChainState:
+    def start(
+        self,
+        energy: Energy | MeteredEnergy,
+        x: Float[Tensor, "*batch dim"],
+        context: Float[Tensor, "*batch context_dim"] | None = None,
+    ) -> ChainState:
         """Evaluates the initial points.
 
         Arguments:
@@ -169,14 +176,18 @@ class Kernel(ABC):
                 :class:`~rsm_sampler.target.energy.MeteredEnergy` beforehand to share counters and
                 a budget.
             x: Initial points, one per chain.
+            context: A context for each chain, for an energy that takes one.
 
         Returns:
             The state to call :meth:`step` on.
         """
-        target = metered(energy, x.shape[-1])
+        context_dim = None if context is None else context.shape[-1]
+        target = metered(energy, x.shape[-1], context_dim=context_dim)
         self.step_size = self.step_size.to(x)
-        value, gradient = _evaluated(target, x, self.needs_gradient)
-        return ChainState(x=x.detach(), energy=value, gradient=gradient, target=target)
+        value, gradient = _evaluated(target, x, self.needs_gradient, context)
+        return ChainState(
+            x=x.detach(), energy=value, gradient=gradient, target=target, context=context
+        )
 
     @abstractmethod
     def step(self, state: ChainState, generator: torch.Generator | None = None) -> ChainState:
@@ -204,7 +215,7 @@ class Kernel(ABC):
         target = self.target_acceptance(state.x.shape[-1])
         if target is not None and state.acceptance is not None:
             excess = _mean_to(state.acceptance, self.step_size.shape) - target
-            self.step_size = self.step_size * (gain * excess).exp()
+            self.step_size = self.step_size * (gain * excess).exp().to(self.step_size)
 
 
 class RandomWalk(Kernel):
@@ -299,7 +310,7 @@ class HMC(Kernel):
         momentum = normal_like(state.x, generator)
         h = self.step_size
         if self.jitter > 0:
-            h = h * (1 + self.jitter * (2 * uniform_like(state.energy, generator) - 1))
+            h = h * (1 + self.jitter * (2 * uniform_like(state.x[..., 0], generator) - 1))
         proposal, final = self.trajectory(state, momentum, h)
         kinetic = (momentum.square() - final.square()).sum(dim=-1) / 2
         log_ratio = state.potential - proposal.potential + kinetic
@@ -397,8 +408,10 @@ def _mean_to(value: Tensor, shape: torch.Size) -> Tensor:
     return value.mean(dim=tuple(range(extra))) if extra else value
 
 
-def _evaluated(target: MeteredEnergy, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _evaluated(
+    target: MeteredEnergy, x: Tensor, gradient: bool, context: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     if gradient:
-        return target.value_and_gradient(x, purpose="mcmc")
+        return target.value_and_gradient(x, context, purpose="mcmc")
     with torch.no_grad():
-        return target(x, purpose="mcmc"), None
+        return target(x, context, purpose="mcmc"), None

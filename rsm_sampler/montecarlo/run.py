@@ -291,6 +291,7 @@ def refine(
     x: Float[Tensor, "n dim"],
     *,
     steps: int,
+    context: Float[Tensor, "n context_dim"] | None = None,
     method: Move = "rw",
     step_size: float | None = None,
     num_leapfrog: int = 10,
@@ -309,6 +310,7 @@ def refine(
         x: Samples, with shape :math:`(n, d)`. Those of infinite energy may come in; they stay
             until a finite one is proposed.
         steps: Steps of every chain.
+        context: A context for each sample, for an energy of points and contexts.
         method: ``"rw"`` (values only), ``"mala"`` or ``"hmc"``.
         step_size: The step size. By default it is tuned on a copy of the chains that is thrown
             away.
@@ -336,9 +338,11 @@ def refine(
         raise ValueError(f"tuning_steps must be at least 1, got {tuning_steps}")
     spread = x.double().var(dim=0, correction=0).mean().sqrt().item()
     kernel = _kernel(method, step_size, num_leapfrog, spread or 1.0, x.shape[-1])
-    target = metered(energy, x.shape[-1])
+    target = metered(
+        energy, x.shape[-1], context_dim=None if context is None else context.shape[-1]
+    )
     evaluations_before, failures_before = target.evaluations, target.failures
-    state = kernel.start(target, x)
+    state = kernel.start(target, x, context)
     finite = state.energy.isfinite()
     num_finite = int(finite.sum())
     if num_finite == 0:
@@ -350,6 +354,7 @@ def refine(
             x=state.x[finite],
             energy=state.energy[finite],
             gradient=None if state.gradient is None else state.gradient[finite],
+            context=None if context is None else context[finite],
         )
         _warm_up(kernel, copy, tuning_steps, False, generator)
     acceptance = torch.zeros((), dtype=torch.float64, device=x.device)

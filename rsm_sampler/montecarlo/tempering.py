@@ -126,17 +126,25 @@ class ParallelTempering(Kernel):
         """Evaluations of the start per chain: one point per level."""
         return self.num_levels * self.move.start_cost
 
-    def start(self, energy: Energy | MeteredEnergy, x: Float[Tensor, "*batch dim"]) -> ChainState:
+    def start(
+        self,
+        energy: Energy | MeteredEnergy,
+        x: Float[Tensor, "*batch dim"],
+        context: Float[Tensor, "*batch context_dim"] | None = None,
+    ) -> ChainState:
         r"""Places the ladders and evaluates their points.
 
         Arguments:
             energy: As in :meth:`Kernel.start`.
             x: One point per chain, with shape :math:`(n, d)`, at which all its levels start; or
                 one per level, with shape :math:`(n, K + 1, d)`.
+            context: None; ladders take no contexts.
 
         Returns:
             The state to call :meth:`step` on.
         """
+        if context is not None:
+            raise ValueError(f"context must be None, got shape {tuple(context.shape)}")
         self.beta, self.loc, self.scale = (v.to(x) for v in (self.beta, self.loc, self.scale))
         self.loc, self.scale = self.loc.reshape(-1), self.scale.reshape(-1)
         self.log_ratio = self.log_ratio.to(x.device)

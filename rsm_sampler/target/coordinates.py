@@ -60,8 +60,8 @@ class Coordinates(Protocol):
         """The coordinates of a point, NaN where it has none."""
         ...
 
-    def single(self, x: Tensor) -> Tensor:
-        """Points in single precision, as energies see them, still inside."""
+    def inside(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Points in the precision in which an energy sees them, still inside."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -171,13 +171,19 @@ class Bounds:
         inside = (~at.has_low | (above > 0)) & (~at.has_high | (below > 0))
         return torch.where(at.bounded, torch.where(inside, u, torch.nan), x)
 
-    def single(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Points in single precision, strictly inside the bounds there too.
+    def inside(
+        self, x: Float[Tensor, "*batch dim"], dtype: torch.dtype
+    ) -> Float[Tensor, "*batch dim"]:
+        """Points in another precision, strictly inside the bounds there too.
 
-        A point that double precision tells from a bound may be rounded onto it, where an energy
-        may well be infinite.
+        A point that double precision tells from a bound may be rounded onto it in single
+        precision, where an energy may well be infinite.
+
+        Arguments:
+            x: Points, with shape :math:`(*, d)`.
+            dtype: The precision.
         """
-        x = x.float()
+        x = x.to(dtype)
         if not self.active:
             return x
         at = self._limits(x)
@@ -277,9 +283,11 @@ class MeanFree:
         points = x.unflatten(-1, (self.num_particles, self.space_dim))
         return (points - points.mean(-2, keepdim=True)).flatten(-2)
 
-    def single(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Points in single precision."""
-        return x.float()
+    def inside(
+        self, x: Float[Tensor, "*batch dim"], dtype: torch.dtype
+    ) -> Float[Tensor, "*batch dim"]:
+        """Points in another precision; there are no bounds to stay within."""
+        return x.to(dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The two numbers that make the same coordinates again."""

@@ -66,7 +66,7 @@ def value_and_gradient(
         (gradient,) = pull(torch.ones_like(value))
         return value.detach(), gradient.detach()
     with torch.enable_grad():
-        value = function(leaf.view_as(leaf))  # PyTorch's counter of operations takes no leaf
+        value = function(leaf.clone())  # which the function may change in place
     if not value.requires_grad:
         raise ValueError("energy must be differentiable by autograd for this form, got no graph")
     (gradient,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
@@ -79,7 +79,7 @@ def autograd_gradient(
     z: Float[Tensor, "n dim"],
     *,
     purpose: str = "training",
-    single: Callable[[Tensor], Tensor] = Tensor.float,
+    inside: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
     chunk: int = 4096,
 ) -> Float[Tensor, "n dim"]:
     """Gradients with respect to z of the energy of x, less the volume of the transform.
@@ -89,14 +89,14 @@ def autograd_gradient(
         transform: From z to x and the log-determinants.
         z: Points.
         purpose: The energy's account.
-        single: How points x come into single precision.
+        inside: How points x come into the precision that the energy sees.
         chunk: Points at a time.
 
     Raises:
         EnergyError: If autograd cannot differentiate the energy.
     """
     return autograd_value_and_gradient(
-        energy, transform, z, purpose=purpose, single=single, chunk=chunk
+        energy, transform, z, purpose=purpose, inside=inside, chunk=chunk
     )[1]
 
 
@@ -106,7 +106,7 @@ def autograd_value_and_gradient(
     z: Float[Tensor, "n dim"],
     *,
     purpose: str = "training",
-    single: Callable[[Tensor], Tensor] = Tensor.double,
+    inside: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
     chunk: int = 4096,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n dim"]]:
     """Energies of x less the volume of the transform, and their gradients with respect to z.
@@ -116,7 +116,7 @@ def autograd_value_and_gradient(
         transform: From z to x and the log-determinants.
         z: Points.
         purpose: The energy's account.
-        single: How points x come into the precision of the energy.
+        inside: How points x come into the precision that the energy sees.
         chunk: Points at a time.
 
     Raises:
@@ -127,7 +127,8 @@ def autograd_value_and_gradient(
         with torch.enable_grad():
             leaf = piece.detach().clone().requires_grad_()
             x, log_det = transform(leaf)
-            value, slope = energy.value_and_gradient(single(x.detach()), purpose=purpose)
+            x_in = inside(x.detach(), energy.dtype)
+            value, slope = energy.value_and_gradient(x_in, purpose=purpose)
             pulled = (x * slope.to(x)).sum() - log_det.sum()
             pieces.append(torch.autograd.grad(pulled, leaf)[0])
             values.append(value.to(z) - log_det.detach())

@@ -88,9 +88,8 @@ class Problem:
 
     def _pulled_back(self, u: Tensor, context: Tensor | None, purpose: str) -> Tensor:
         x, log_det = self.coordinates.forward(u)
-        with torch.no_grad():
-            value = self.energy(x, context, purpose=purpose)
-        return value.double() - log_det
+        x = self.coordinates.inside(x, self.energy.dtype)
+        return self.energy(x, context, purpose=purpose).double() - log_det
 
     def slope_by(self, u: Float[Tensor, "n dim"]) -> Literal["autograd", "differences"]:
         """Where gradients come from; tried on two of the points when first asked.
@@ -125,7 +124,11 @@ class Problem:
         """
         if self.slope_by(u) == "autograd":
             value, slope = autograd_value_and_gradient(
-                self.energy, self.coordinates.forward, u.double(), purpose=purpose
+                self.energy,
+                self.coordinates.forward,
+                u.double(),
+                purpose=purpose,
+                inside=self.coordinates.inside,
             )
         else:
             value = self.potential(u, purpose=purpose)

@@ -226,7 +226,7 @@ class _Examination:
     ) -> None:
         self.sampler, self.n, self.context = sampler, n, context
         budget = sampler.search.get("budget")
-        self.energy = MeteredEnergy(energy.energy, sampler.dim, context_dim=sampler.context_dim)
+        self.energy = energy.apart()
         if budget is not None:
             self.n = min(n, max(100, budget // 10))
         if witness_evaluations is None:
@@ -327,10 +327,10 @@ class _Examination:
         x, log_det = self.sampler.coordinates.forward(self.sampler.affine.forward(z))
         context = None
         if self.context is not None:
-            row = torch.as_tensor(self.context, dtype=torch.float32, device=z.device)
+            row = torch.as_tensor(self.context, dtype=torch.float64, device=z.device)
             context = row.expand(len(z), -1)
-        x = self.sampler.coordinates.single(x)
-        value = self.energy(x, context, purpose=purpose).double()
+        x = self.sampler.coordinates.inside(x, self.energy.dtype)
+        value = self.energy(x, context, purpose=purpose)
         return value - log_det - self.sampler.affine.log_det
 
     def _drift(self, z: Tensor, finite: Tensor) -> tuple[float, float, float]:
