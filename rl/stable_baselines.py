@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 from rl.environments import EnvironmentSource, describe
 from rl.evaluation import checked_observation, evaluate
 from rsm_sampler import checkpoint
+from rsm_sampler.interrupts import terminable
 from rsm_sampler.loggers import JSONLinesLogger, Logger
 
 __all__ = ["FOREIGN", "StableBaselinesAgent", "configuration", "train"]
@@ -355,20 +356,21 @@ def train(
                 each.log(step, **record)
             return callback is not None and bool(callback(step, found.mean, agent))
 
-    try:
-        model.learn(total_steps, callback=Watch())
-    except KeyboardInterrupt:
-        agent.interrupted = True
-        tqdm.write(f"interrupted at step {model.num_timesteps:,}")
-    finally:
-        bar.close()
-        for each in loggers:
-            if each is not logger:
-                each.close()
-    agent.updates = _gradient_steps(model)
-    model.policy.set_training_mode(False)
-    if folder is not None:
-        agent.save(folder / "last.pt")
+    with terminable(folder is not None):
+        try:
+            model.learn(total_steps, callback=Watch())
+        except KeyboardInterrupt:
+            agent.interrupted = True
+            tqdm.write(f"interrupted at step {model.num_timesteps:,}")
+        finally:
+            bar.close()
+            for each in loggers:
+                if each is not logger:
+                    each.close()
+        agent.updates = _gradient_steps(model)
+        model.policy.set_training_mode(False)
+        if folder is not None:
+            agent.save(folder / "last.pt")
     return agent
 
 

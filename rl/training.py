@@ -25,7 +25,7 @@ from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, read_about
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
-from rsm_sampler.interrupts import deferred_interrupt
+from rsm_sampler.interrupts import deferred_interrupt, terminable
 from rsm_sampler.loggers import Logger
 
 __all__ = ["load", "resume", "train", "train_seeds"]
@@ -74,9 +74,11 @@ def train(
         **changes: Fields of the configuration that differ from the preset.
 
     Returns:
-        The trained agent. After Ctrl-C, the agent as it is: the run can be resumed.
+        The trained agent. After Ctrl-C, the agent as it is: the run can be resumed. After SIGTERM
+        a run with a folder is saved in the same way, and the process ends with status 143.
 
     Raises:
+        SystemExit: After SIGTERM, with a folder.
         ValueError: If an argument does not fit.
         DivergedError: If the agent's actions are not finite; the last checkpoint stands.
         EnvironmentFailure: If an environment raises or returns NaN; the run is saved before.
@@ -279,7 +281,23 @@ def _go(
     callback: Callable[[RunProgress], bool | None] | None,
     batched: bool = False,
 ) -> None:
-    """Run to the end, or to an interruption."""
+    """Run to the end, or to an interruption.
+
+    Runs with a folder are saved when SIGTERM comes, which then ends the process.
+    """
+    with terminable(runs[0].folder is not None):
+        _go_on(runs, progress=progress, loggers=loggers, callback=callback, batched=batched)
+
+
+def _go_on(
+    runs: list[Run],
+    *,
+    progress: bool | None,
+    loggers: Sequence[Logger | None],
+    callback: Callable[[RunProgress], bool | None] | None,
+    batched: bool,
+) -> None:
+    """The same, as long as the process lives."""
     going_on = [
         run.open(logger, share=len(runs)) for run, logger in zip(runs, loggers, strict=True)
     ]
