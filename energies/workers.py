@@ -62,7 +62,7 @@ class StartError(RuntimeError):
 class _Worker:
     """One process, its pipe, and what it works on."""
 
-    def __init__(self, context: BaseContext, main: Callable[..., None], setup: Any) -> None:  # noqa: ANN401
+    def __init__(self, context: BaseContext, main: Callable[[Any], Any], setup: Any) -> None:  # noqa: ANN401
         ours, theirs = context.Pipe()
         self.pipe: Connection[Any, Any] = ours
         arguments = (main, theirs, os.getpid(), setup)

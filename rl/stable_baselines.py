@@ -46,11 +46,39 @@ from rl.evaluation import checked_observation, evaluate
 from rsm_sampler import checkpoint
 from rsm_sampler.interrupts import terminable
 from rsm_sampler.loggers import JSONLinesLogger, Logger
+from rsm_sampler.schema import (
+    anything,
+    bounded,
+    entries,
+    fits,
+    held,
+    integer,
+    number,
+    optional,
+    plain,
+    record,
+    tensor,
+    text,
+    understood,
+)
 
 __all__ = ["FOREIGN", "StableBaselinesAgent", "configuration", "train"]
 
 FOREIGN = ("ppo", "sac", "td3")
 _KIND, _VERSION = "agent", 1
+_STATE = record(
+    {
+        "agent": text(FOREIGN),
+        "observation_dim": integer(1, 2**31),
+        "low": tensor(None, dtypes=(torch.float32, torch.float64)),
+        "high": tensor(None, dtypes=(torch.float32, torch.float64)),
+        "seed": integer(-(2**63), 2**63),
+        "env": text(),
+        "policy_kwargs": entries(plain),
+        "modules": record({"policy": entries(tensor())}),
+    },
+    {"moments": optional(entries(anything))},
+)
 _EPSILON, _CLIP = 1e-8, 10.0  # of standardised observations; the library's defaults
 _PLAIN = bool | int | float | str | None
 _SET_HERE = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model"}
@@ -151,15 +179,28 @@ class StableBaselinesAgent:
         Arguments:
             state: What the file holds.
             device: Where the network goes.
+
+        Raises:
+            CheckpointError: If that is none of an agent; nothing larger than it is allocated.
         """
+        _STATE(state, "payload")
         n, low, high = state["observation_dim"], state["low"].numpy(), state["high"].numpy()
-        policy = _algorithm(state["agent"]).policy_aliases["MlpPolicy"](
-            gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float32),
-            gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32)),
-            lambda _: 0.0,
-            **_with_classes(state["policy_kwargs"]),
-        )
-        policy.load_state_dict(state["modules"]["policy"])
+        tensors, algorithm = state["modules"]["policy"], _algorithm(state["agent"])
+        if not any(each.dim() == 2 and each.shape[1] == n for each in tensors.values()):
+            raise checkpoint.CheckpointError(
+                f"payload['observation_dim'] must be what the policy takes, got {n}"
+            )
+        if low.shape != high.shape or not len(low) or not (low < high).all():
+            raise checkpoint.CheckpointError("payload must have ends of actions, low below high")
+        with understood("an agent of stable-baselines3"), bounded(held(state)):
+            policy = algorithm.policy_aliases["MlpPolicy"](
+                gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float32),
+                gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32)),
+                lambda _: 0.0,
+                **_with_classes(state["policy_kwargs"]),
+            )
+        fits(policy, "the agent's policy_kwargs")(tensors, "payload['modules']['policy']")
+        policy.load_state_dict(tensors)
         policy.set_training_mode(False)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,6 +208,9 @@ class StableBaselinesAgent:
         if (known := state.get("moments")) is not None:
             from stable_baselines3.common.running_mean_std import RunningMeanStd
 
+            moment = tensor(n, dtypes=(torch.float64,))
+            schema = {"mean": moment, "var": moment, "count": number(least=0.0)}
+            record(schema)(known, "payload['moments']")
             moments = RunningMeanStd(shape=(n,))
             moments.mean, moments.var = known["mean"].numpy(), known["var"].numpy()
             moments.count = known["count"]

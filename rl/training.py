@@ -21,12 +21,13 @@ from rl.base import BaseAgent
 from rl.config import AgentConfig
 from rl.environments import EnvironmentSource, is_environment
 from rl.lockstep import Lockstep
-from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, read_about
+from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, check_folder, read_about
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
 from rsm_sampler.interrupts import deferred_interrupt, terminable
 from rsm_sampler.loggers import Logger
+from rsm_sampler.schema import anything, record, shown, text
 
 __all__ = ["load", "resume", "train", "train_seeds"]
 
@@ -221,11 +222,11 @@ def resume(
         callback: As in :func:`train`.
 
     Raises:
-        CheckpointError: If the folder holds no run.
+        CheckpointError: If the folder holds no run, or files that do not fit together.
         ValueError: If an environment is needed that has no id, or the run is one of
             stable-baselines3, which begins anew instead: train it again.
     """
-    about = read_about(Path(run_dir))
+    about = read_about(Path(run_dir).expanduser())
     if about["agent"] in FOREIGN:
         raise ValueError(f"run_dir must be of an agent that resumes, got one of {about['agent']}")
     for name, given, known in (("env", env, "by_id"), ("eval_env", eval_env, "eval_by_id")):
@@ -233,13 +234,14 @@ def resume(
             raise ValueError(
                 f"{name} must be given for a run on {about[name]}, which has no id, got None"
             )
-    kind = AGENTS[about["agent"]].config_type
+    _, config, most_bytes = check_folder(Path(run_dir).expanduser())
     run = Run(
         about["agent"],
         about["env"] if env is None else env,
         total_steps=about["total_steps"] if total_steps is None else total_steps,
         seed=about["seed"],
-        config=kind.from_saved(about["config"]),
+        config=config,
+        most_bytes=most_bytes,
         run_dir=run_dir,
         device=about.get("device", device) if device == "auto" else device,
         eval_env=about.get("eval_env") if eval_env is None else eval_env,
@@ -263,14 +265,17 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -
     Raises:
         CheckpointError: If the file holds no agent.
     """
-    state = checkpoint.load(path, kind="agent", version=1)
-    if state["agent"] in FOREIGN:
-        return StableBaselinesAgent.from_state(state, device=device)
-    if state["agent"] not in AGENTS:
+    named_agent = record({"agent": text()}, others=anything)
+    state = checkpoint.load(path, kind="agent", version=1, schema=named_agent)
+    if state["agent"] not in (*FOREIGN, *AGENTS):
         raise checkpoint.CheckpointError(
-            f"{os.fspath(path)} must be one of the agents {sorted(AGENTS)}, got {state['agent']!r}"
+            f"{os.fspath(path)} must be one of the agents {sorted(AGENTS)}, got "
+            f"{shown(state['agent'])}"
         )
-    return AGENTS[state["agent"]].from_state(state, device=device)
+    with checkpoint.named(path):
+        if state["agent"] in FOREIGN:
+            return StableBaselinesAgent.from_state(state, device=device)
+        return AGENTS[state["agent"]].from_state(state, device=device)
 
 
 def _go(

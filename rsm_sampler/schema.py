@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from rsm_sampler.checkpoint import CheckpointError
 
 __all__ = [
+    "GENERATOR",
     "SEED",
     "Schema",
     "anything",
@@ -38,9 +39,11 @@ __all__ = [
     "integer",
     "items",
     "number",
+    "optimised",
     "optional",
     "plain",
     "record",
+    "shown",
     "tensor",
     "text",
     "understood",
@@ -314,6 +317,10 @@ def record(
     return check
 
 
+GENERATOR = record({"device": text(), "state": tensor(None, dtypes=(torch.uint8,))})
+"""Allows what :func:`rsm_sampler.checkpoint.generator_state` returns."""
+
+
 def held(value: object) -> int:
     """Bytes of all tensors in a payload.
 
@@ -419,6 +426,56 @@ def fits(module: nn.Module, key: str, *, finite: bool = True) -> Schema:
         if isinstance(wanted, Tensor):
             schemas[name] = _like(wanted, key, finite)
     return record(schemas)
+
+
+def optimised(optimiser: torch.optim.Optimizer) -> Schema:
+    """Allow the states of an Adam optimiser of the same parameters and the same settings.
+
+    Arguments:
+        optimiser: The optimiser. Its learning rate may be another one.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    groups, first = [], 0
+    for own in optimiser.param_groups:
+        groups.append((own, list(range(first, first + len(own["params"])))))
+        first += len(own["params"])
+
+    def check_group(own: dict[str, Any], numbers: list[int], group: Any, key: str) -> None:  # noqa: ANN401
+        entries(anything)(group, key)
+        for name, value in group.items():
+            if name == "lr":
+                wanted = tensor(axes=0) if isinstance(value, Tensor) else number(least=0.0)
+                wanted(value, f"{key}['lr']")
+            elif name != "params":
+                plain(value, f"{key}[{name!r}]")
+                known = own.get(name, value)
+                if type(known) is not type(value) or known != value:
+                    raise _refuse(f"{key}[{name!r}]", f"{known!r}", value)
+        if "lr" not in group or group.get("params") != numbers:
+            raise _refuse(key, f"a group of the parameters {numbers} with its lr", group)
+
+    def check(value: object, key: str) -> None:
+        record({"state": anything, "param_groups": items(anything, length=len(groups))})(
+            value, key
+        )
+        assert isinstance(value, dict)
+        for i, (own, numbers) in enumerate(groups):
+            check_group(own, numbers, value["param_groups"][i], f"{key}['param_groups'][{i}]")
+        kept = value["state"]
+        if not isinstance(kept, dict) or not set(kept) <= set(range(len(parameters))):
+            raise _refuse(f"{key}['state']", f"a dict of {len(parameters)} parameters", kept)
+        for i, entry in kept.items():
+            shape, dtype = tuple(parameters[i].shape), parameters[i].dtype
+            moment = tensor(*shape, axes=len(shape), dtypes=(dtype,), finite=False)
+            schema = record({"step": tensor(axes=0), "exp_avg": moment, "exp_avg_sq": moment})
+            schema(entry, f"{key}['state'][{i}]")
+            if not bool((entry["exp_avg_sq"] >= 0).all()) or not bool(entry["step"] >= 0):
+                raise CheckpointError(
+                    f"{key}['state'][{i}] must have a number of steps and squares of gradients, "
+                    "got negative ones"
+                )
+
+    return check
 
 
 def _like(wanted: Tensor, whose: str, finite: bool) -> Schema:

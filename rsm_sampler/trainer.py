@@ -60,6 +60,7 @@ from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import Proposal
 from rsm_sampler.schedules import EDM
 from rsm_sampler.schema import (
+    GENERATOR,
     SEED,
     anything,
     entries,
@@ -67,6 +68,7 @@ from rsm_sampler.schema import (
     integer,
     items,
     number,
+    optimised,
     optional,
     plain,
     record,
@@ -102,8 +104,8 @@ _TRAINER = record(
         "bank": optional(entries(anything)),  # Bank.from_state and _bank_kept read it
         "denoiser": entries(tensor()),
         "average": entries(tensor()),
-        "optimiser": record({"state": anything, "param_groups": items(entries(anything))}),
-        "generator": record({"device": text(), "state": tensor(None, dtypes=(torch.uint8,))}),
+        "optimiser": anything,  # compared with the trainer's own
+        "generator": GENERATOR,
         "history": items(_CHECK),
         "step": integer(),
         "step_in_cycle": integer(),
@@ -884,7 +886,7 @@ class EnergyDiffusionTrainer:
                 "payload['step'] must be at least step_in_cycle and first_step, got "
                 f"{state['step']}, {state['step_in_cycle']} and {state['first_step']}"
             )
-        _check_optimiser(state["optimiser"], self.optimiser)
+        optimised(self.optimiser)(state["optimiser"], "payload['optimiser']")
         with understood("a trainer"):
             bank = self._bank_kept(state["bank"])
             optimiser = torch.optim.Adam(self.denoiser.parameters())
@@ -944,37 +946,6 @@ class EnergyDiffusionTrainer:
         if bank.density is not None:
             bank.density.log_prob(bank.points[0, :2])  # its parts fit together
         return bank
-
-
-def _check_optimiser(state: dict[str, Any], optimiser: torch.optim.Optimizer) -> None:
-    """Refuse the state of an optimiser whose tensors are not those of its parameters."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    key = "payload['optimiser']"
-    kept, groups = state["state"], state["param_groups"]
-    if not isinstance(kept, dict) or not set(kept) <= set(range(len(parameters))):
-        raise checkpoint.CheckpointError(
-            f"{key}['state'] must be a dict of the {len(parameters)} parameters' numbers"
-        )
-    names = {"lr": number(least=0.0), "params": items(integer(), length=len(parameters))}
-    items(record(names, others=plain), length=1)(groups, f"{key}['param_groups']")
-    if list(groups[0]["params"]) != list(range(len(parameters))):
-        raise checkpoint.CheckpointError(f"{key}['param_groups'][0]['params'] must count from 0")
-    own = {name: value for name, value in optimiser.param_groups[0].items() if name != "params"}
-    for name, value in own.items():
-        found = groups[0].get(name, value)
-        if name != "lr" and (type(found) is not type(value) or found != value):
-            raise checkpoint.CheckpointError(
-                f"{key}['param_groups'][0][{name!r}] must be {value}, got {found!r}"
-            )
-    for index, entry in kept.items():
-        shape = tuple(parameters[index].shape)
-        moment = tensor(*shape, axes=len(shape), dtypes=(torch.float32,), finite=False)
-        schema = record({"step": tensor(axes=0), "exp_avg": moment, "exp_avg_sq": moment})
-        schema(entry, f"{key}['state'][{index}]")
-        if not bool((entry["exp_avg_sq"] >= 0).all()) or not bool(entry["step"] >= 0):
-            raise checkpoint.CheckpointError(
-                f"{key}['state'][{index}] must have steps and squares that are not negative"
-            )
 
 
 def _deciding(config: TrainerConfig) -> dict[str, Any]:
