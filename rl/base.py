@@ -406,7 +406,8 @@ class BaseAgent(ABC):
             torch.empty(0, device=device)  # whether there is such a device
         _AGENT(state, "payload")
         with understood("an agent"):
-            config = cls.config_type.from_saved(state["config"])
+            with bounded(0):
+                config = cls.config_type.from_saved(state["config"])
             check_sizes(state, config)
             with bounded(held(state)):
                 agent = cls(

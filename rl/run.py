@@ -147,7 +147,7 @@ _RUN = record(
 )
 # What run.json may ask for before there is a checkpoint to compare it with.
 _MOST = {"num_envs": 4096, "depth": 1000, "critic_depth": 1000, "num_steps": 10_000}
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -643,9 +643,9 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], AgentConfig, int]:
             raise checkpoint.CheckpointError(
                 f"agent must be one of {sorted(AGENTS)}, got {shown(about['agent'])}"
             )
-        with understood("a run"):
+        with understood("a run"), bounded(0):
             config = AGENTS[about["agent"]].config_type.from_saved(about["config"])
-            ReplayBuffer.size_in_bytes(config.replay_size, 1, 1)
+            torch.device(about.get("device", "cpu"))
         if config.replay_size > _all_memory() / ReplayBuffer.size_in_bytes(1, 1, 1):
             raise checkpoint.CheckpointError(
                 f"replay_size must fit into this machine's memory, got {config.replay_size}"
@@ -657,8 +657,6 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], AgentConfig, int]:
                     raise checkpoint.CheckpointError(f"{name} must be at most {most}, got {value}")
             return about, config, _MOST_BYTES
     state = checkpoint.load(kept, kind=_KIND, version=_VERSION, schema=_RUN)
-    with checkpoint.named(kept):
-        check_sizes(state["agent"], config)
     with checkpoint.named(path):
         # An older version did not know all fields, in neither of the files.
         default = asdict(type(config)())
@@ -677,6 +675,8 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], AgentConfig, int]:
                 f"num_envs must be {len(state['observation'])}, as checkpoint.pt has, got "
                 f"{config.num_envs}"
             )
+    with checkpoint.named(kept):
+        check_sizes(state["agent"], config)
     return about, config, held(state["agent"])
 
 

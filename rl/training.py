@@ -8,8 +8,9 @@ Several runs that differ in their seeds share the loop, round by round. What a r
 folder holds, stands in :mod:`rl.run`.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,22 +236,25 @@ def resume(
                 f"{name} must be given for a run on {about[name]}, which has no id, got None"
             )
     _, config, most_bytes = check_folder(Path(run_dir).expanduser())
-    run = Run(
-        about["agent"],
-        about["env"] if env is None else env,
-        total_steps=about["total_steps"] if total_steps is None else total_steps,
-        seed=about["seed"],
-        config=config,
-        most_bytes=most_bytes,
-        run_dir=run_dir,
-        device=about.get("device", device) if device == "auto" else device,
-        eval_env=about.get("eval_env") if eval_env is None else eval_env,
-        eval_every=about["eval_every"],
-        eval_episodes=about["eval_episodes"],
-        checkpoint_every=about["checkpoint_every"],
-        log_every=about["log_every"],
-        changes={},
-    )
+    given = about["env"] if env is None else env
+    given_eval = about.get("eval_env") if eval_env is None else eval_env
+    with checkpoint.named(Path(run_dir, "run.json")), _known(env, eval_env):
+        run = Run(
+            about["agent"],
+            given,
+            total_steps=about["total_steps"] if total_steps is None else total_steps,
+            seed=about["seed"],
+            config=config,
+            most_bytes=most_bytes,
+            run_dir=run_dir,
+            device=about.get("device", device) if device == "auto" else device,
+            eval_env=given_eval,
+            eval_every=about["eval_every"],
+            eval_episodes=about["eval_episodes"],
+            checkpoint_every=about["checkpoint_every"],
+            log_every=about["log_every"],
+            changes={},
+        )
     _go([run], progress=progress, loggers=[logger], callback=callback)
     return run.agent
 
@@ -276,6 +280,17 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -
         if state["agent"] in FOREIGN:
             return StableBaselinesAgent.from_state(state, device=device)
         return AGENTS[state["agent"]].from_state(state, device=device)
+
+
+@contextlib.contextmanager
+def _known(*given: EnvironmentSource | None) -> Iterator[None]:
+    """Name the file where it, and not the caller, names an environment that is not known."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("env must be a registered id") and None in given:
+            raise checkpoint.CheckpointError(str(error)) from error
+        raise
 
 
 def _go(

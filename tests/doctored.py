@@ -190,7 +190,7 @@ def repacked(path, rng, *, flips=1, compression=zipfile.ZIP_STORED, extra=None):
                     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             new.writestr(entry.filename, bytes(data))
         if extra is not None:
-            new.writestr("archive/data/99", extra, zipfile.ZIP_DEFLATED)
+            new.writestr("archive/data/bomb", extra, zipfile.ZIP_DEFLATED)
     content = target.read_bytes()
     target.unlink()
     return content
