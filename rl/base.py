@@ -350,6 +350,11 @@ class BaseAgent(ABC):
             fits(module, "the agent's configuration")(
                 modules[found], f"payload['modules'][{found!r}]"
             )
+            moments = modules[found] if isinstance(module, RunningMoments) else {}
+            if any(bool((moments[key] < 0).any()) for key in ("variance", "count") if moments):
+                raise checkpoint.CheckpointError(
+                    f"payload['modules'][{found!r}] must have a variance and a count of at least 0"
+                )
         for name, wanted in self.extra_state().items():
             found = state["extra"].get(name)
             if found is not None and found.shape != wanted.shape:

@@ -24,6 +24,7 @@ References:
     | https://github.com/DLR-RM/stable-baselines3
 """
 
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -31,7 +32,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +194,7 @@ class StableBaselinesAgent:
             )
         if low.shape != high.shape or not len(low) or not (low < high).all():
             raise checkpoint.CheckpointError("payload must have ends of actions, low below high")
-        with understood("an agent of stable-baselines3"), bounded(held(state)):
+        with understood("an agent of stable-baselines3"), bounded(held(state)), _silence():
             policy = algorithm.policy_aliases["MlpPolicy"](
                 gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float32),
                 gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32)),
@@ -211,6 +213,8 @@ class StableBaselinesAgent:
             moment = tensor(n, dtypes=(torch.float64,))
             schema = {"mean": moment, "var": moment, "count": number(least=0.0)}
             record(schema)(known, "payload['moments']")
+            if not bool((known["var"] >= 0).all()):
+                raise checkpoint.CheckpointError("payload['moments']['var'] must be at least 0")
             moments = RunningMeanStd(shape=(n,))
             moments.mean, moments.var = known["mean"].numpy(), known["var"].numpy()
             moments.count = known["count"]
@@ -224,6 +228,14 @@ class StableBaselinesAgent:
             policy_kwargs=state["policy_kwargs"],
             moments=moments,
         )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings of layers without units: what such a file says is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
