@@ -333,8 +333,9 @@ class BaseAgent(ABC):
         kept = {**asdict(self.config_type()), **state["config"], **state}
         for key, value in mine.items():
             if kept[key] != value:
+                found = kept[key][:80] if isinstance(kept[key], str) else shown(kept[key])
                 raise checkpoint.CheckpointError(
-                    f"checkpoint must be of an agent with {key} {value}, got {shown(kept[key])}"
+                    f"checkpoint must be of an agent with {key} {value}, got {found}"
                 )
         modules, own = state["modules"], self._modules()
         if not set(modules) <= {*own, *_COPIES}:

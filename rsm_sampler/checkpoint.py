@@ -11,9 +11,10 @@ object the payload describes (``"trainer"``, ``"sampler"``, ...), the version of
 and the version of the library. A reader therefore knows what it holds before it believes it.
 
 A file may be damaged, or made to do damage. What it holds is therefore checked before it is used:
-its pickle may name tensors and nothing else, no entry is compressed, no tensor is larger than the
-bytes that stand for it, and the structure of the payload is that of its kind
-(:mod:`rsm_sampler.schema`). Whatever is wrong is a :class:`CheckpointError` that names the file.
+its pickle may name tensors and nothing else, no entry is compressed, tensors take no more memory
+than the file can fill (four times its size and 64 MiB), and the structure of the payload is that
+of its kind (:mod:`rsm_sampler.schema`). Whatever is wrong is a :class:`CheckpointError` that names
+the file.
 
 Writing is atomic: the bytes go to a temporary file in the same folder and reach the disk before
 the file takes its name. At every moment, a crash included, the name stands for the whole old
@@ -52,6 +53,7 @@ _GLOBALS = {
     "torch._utils _rebuild_tensor_v3",
     "torch.storage UntypedStorage",
 }
+_FREE = 64 << 20  # bytes that tensors may take beyond what the file holds
 _DEEPEST = 200  # containers within one another
 _MOST_BITS = 1 << 14  # of an integer
 
@@ -278,7 +280,8 @@ def _plain(value: Any, key: str) -> Any:  # noqa: ANN401
     if kind in (Tensor, nn.Parameter) and value.layout is torch.strided:
         value = value.detach()
         used = value.numel() * value.element_size()
-        return value.clone() if value.untyped_storage().nbytes() > used else value
+        # Neither the rest of its storage nor, of an expanded one, the promise of more than it.
+        return value.clone() if value.untyped_storage().nbytes() != used else value
     raise CheckpointError(
         f"{key} is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds dense tensors, "
         "None, bool, int, float, str, and lists, tuples and dicts of these"
@@ -310,7 +313,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         entries = _inspect(file)
         contents = torch.load(file, map_location="cpu", weights_only=True)
-        _check_plain(contents, entries)
+        _check_plain(contents, entries, file.stat().st_size)
     except Exception as error:  # damage comes to light as errors of almost any type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -372,15 +375,17 @@ def _is_harmless(name: str) -> bool:
     return name in _GLOBALS
 
 
-def _check_plain(contents: object, most: int) -> None:
+def _check_plain(contents: object, most: int, size: int) -> None:
     """Refuse what :func:`save` does not write: other types, shared containers, stretched tensors.
 
     Arguments:
         contents: What was read.
         most: Most entries. Every one takes a byte of the file at least; a container that stands
             in many places does not, and might unfold to any size.
+        size: Bytes of the file: expanded tensors stand for more than they hold, but not for far
+            more than the file.
     """
-    waiting, seen = [(contents, 0)], 0
+    waiting, seen, left = [(contents, 0)], 0, 4 * size + _FREE
     while waiting:
         value, depth = waiting.pop()
         seen += 1
@@ -388,9 +393,9 @@ def _check_plain(contents: object, most: int) -> None:
             raise ValueError("containers within one another")
         kind = type(value)
         if isinstance(value, Tensor):
-            memory = value.untyped_storage().nbytes() if value.layout is torch.strided else -1
-            if value.device.type == "meta" or value.numel() * value.element_size() > memory:
-                raise ValueError("a tensor larger than its bytes")
+            left -= value.numel() * value.element_size()
+            if value.device.type == "meta" or value.layout is not torch.strided or left < 0:
+                raise ValueError("tensors larger than their bytes, or of another layout")
         elif isinstance(value, dict):
             if not all(type(name) in (str, int) for name in value):
                 raise ValueError("keys that are neither text nor integers")

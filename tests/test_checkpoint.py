@@ -74,6 +74,12 @@ def test_a_view_is_saved_without_the_storage_it_looks_at(tmp_path):
     assert (tmp_path / "a.pt").stat().st_size < 10_000
 
 
+def test_an_expanded_tensor_is_saved_in_full(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", {"a": torch.ones(1).expand(5)}, kind="test", version=1)
+    loaded = checkpoint.load(tmp_path / "a.pt", kind="test")["a"]
+    assert torch.equal(loaded, torch.ones(5)) and loaded.untyped_storage().nbytes() == 20
+
+
 def test_module_and_optimiser_go_on_as_if_never_stopped(tmp_path):
     def build():
         network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
