@@ -7,10 +7,10 @@ the form and nothing else: a NaN stays a NaN (it is for the caller to notice), :
 stays a point of weight zero, and an exception of the user's function arrives with its own type and
 traceback, and with a note that names the point.
 
-Worker processes. Each worker receives the function once, when it starts; a call only ships points
-and values. The default start method is ``spawn``, which is safe beside PyTorch's threads. As
-always with spawned processes, a script that uses it protects its entry with
-``if __name__ == "__main__":``.
+Worker processes (:mod:`energies.workers`). Each worker receives the function once, when it starts;
+a call only ships points and values. Points whose worker dies are tried once more in a new one. The
+default start method is ``spawn``, which is safe beside PyTorch's threads. As always with spawned
+processes, a script that uses it protects its entry with ``if __name__ == "__main__":``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +34,8 @@ from torch import Tensor
 from torch.distributions import Distribution, VonMises, constraints
 
 from energies.target import Target
+from energies.workers import StartError, WorkerError, Workers
+from rsm_sampler.target.energy import EnergyError
 
 __all__ = [
     "DistributionTarget",
@@ -108,23 +108,44 @@ def _describe(row: Sequence[_Array]) -> str:
     )
 
 
-_job: tuple[Callable[..., Any], bool] | None = (
-    None  # set once in each worker process, never in the caller's
-)
+def _worker(
+    setup: tuple[bytes, bool],
+) -> Callable[[tuple[int, Sequence[_Array]]], _Array | _Failure]:
+    """What a worker process does with a portion: the index of its first point, and arrays."""
+    fn, vectorized = pickle.loads(setup[0]), setup[1]
+
+    def run(portion: tuple[int, Sequence[_Array]]) -> _Array | _Failure:
+        try:
+            return _evaluate(fn, vectorized, *portion)
+        except Exception as error:
+            return _Failure(error, traceback.format_exc())
+
+    return run
 
 
-def _start_worker(payload: bytes, vectorized: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who closes the pool
-    global _job
-    _job = pickle.loads(payload), vectorized
+def _raise_failure(answer: _Array | _Failure) -> None:
+    if isinstance(answer, _Failure):
+        answer.error.add_note(f"in a worker process:\n{answer.trace}")
+        raise answer.error
 
 
-def _run_worker(offset: int, arrays: Sequence[_Array]) -> _Array | _Failure:
-    assert _job is not None
+def _region(points: _Array) -> str:
+    """Where points are, for a message: the range of each coordinate, of eight at most."""
+    low, high = points.min(0), points.max(0)
+    ranges = [f"x[{i}] in [{low[i]:g}, {high[i]:g}]" for i in range(min(8, len(low)))]
+    return ", ".join(ranges) + (", ..." if len(low) > 8 else "")
+
+
+def _ending(code: int | None) -> str:
+    """How a process ended, for a message."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
     try:
-        return _evaluate(*_job, offset, arrays)
-    except Exception as error:
-        return _Failure(error, traceback.format_exc())
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "an unknown signal"
+    memory = ", as the system does when memory is short" if name == "SIGKILL" else ""
+    return f"exit code {code}: killed by {name}{memory}"
 
 
 class NumpyEnergy:
@@ -165,7 +186,7 @@ class NumpyEnergy:
         self.workers = workers
         self.context = context
         self.start_method = start_method
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Workers[_Array | _Failure] | None = None
         self._owner = 0
         self._closed = False
 
@@ -207,38 +228,31 @@ class NumpyEnergy:
         # one point may take longer than another: smaller portions even it out
         portions = min(count, self.workers if self.vectorized else 4 * self.workers)
         bounds = [count * i // portions for i in range(portions + 1)]
-        futures: list[Future[_Array | _Failure]] = []
-        results = []
+        pieces = [(i, [a[i:j] for a in arrays]) for i, j in itertools.pairwise(bounds)]
         try:
-            for start, stop in itertools.pairwise(bounds):
-                futures.append(pool.submit(_run_worker, start, [a[start:stop] for a in arrays]))
-            for future in futures:
-                result = future.result()
-                if isinstance(result, _Failure):
-                    result.error.add_note(f"in a worker process:\n{result.trace}")
-                    raise result.error
-                results.append(result)
-        except BrokenProcessPool as error:
-            self._pool = None
+            results = pool.map(pieces, look=_raise_failure)
+        except StartError as error:
             raise RuntimeError(
-                "a worker process ended abruptly. Either the energy function crashed it, or it"
-                ' could not start: a script needs `if __name__ == "__main__":`, and fn must live'
-                " in a module that can be imported"
+                f"a worker process could not start ({_ending(error.code)}): a script needs"
+                ' `if __name__ == "__main__":`, and fn must live in a module that can be imported'
             ) from error
-        finally:
-            for future in futures:
-                future.cancel()
-        return np.concatenate(results)
+        except WorkerError as error:
+            offset, (x, *_) = pieces[error.portion]
+            raise EnergyError(
+                f"fn must return values, but ended two worker processes ({_ending(error.code)}) "
+                f"at points {offset} to {offset + len(x) - 1} of {count}, in {_region(x)}"
+            ) from error
+        return np.concatenate([result for result in results if not isinstance(result, _Failure)])
 
-    def _open(self) -> ProcessPoolExecutor:
+    def _open(self) -> Workers[_Array | _Failure]:
         if (
             self._pool is None or self._owner != os.getpid()
         ):  # a forked child cannot use its parent's pool
-            self._pool = ProcessPoolExecutor(
+            self._pool = Workers(
                 self.workers,
-                mp_context=multiprocessing.get_context(self.start_method),
-                initializer=_start_worker,
-                initargs=(self._payload, self.vectorized),
+                _worker,
+                (self._payload, self.vectorized),
+                start_method=self.start_method,
             )
             self._owner = os.getpid()
         return self._pool
@@ -248,7 +262,7 @@ class NumpyEnergy:
         self._closed = True
         pool, self._pool = self._pool, None
         if pool is not None and self._owner == os.getpid():
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
 
     def __enter__(self) -> NumpyEnergy:
         return self
@@ -294,6 +308,8 @@ def from_numpy(
 
     Raises:
         ValueError: If `fn` is not callable, or cannot be pickled although there are workers.
+        EnergyError: When called, if `fn` ends the worker process that evaluates it (a crash, or
+            no memory) and does so again in a new one.
 
     Example:
         >>> energy = from_numpy(lambda x: 0.5 * (x**2).sum(-1))

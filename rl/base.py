@@ -18,10 +18,44 @@ from rl.evaluation import checked_observation
 from rl.graphs import Captured
 from rl.replay import ReplayBuffer
 from rsm_sampler import checkpoint
+from rsm_sampler.schema import (
+    GENERATOR,
+    anything,
+    bounded,
+    entries,
+    fits,
+    held,
+    integer,
+    items,
+    optimised,
+    plain,
+    record,
+    shown,
+    tensor,
+    text,
+    understood,
+)
 
-__all__ = ["BaseAgent", "RunningMoments", "set_lr"]
+__all__ = ["BaseAgent", "RunningMoments", "check_sizes", "set_lr"]
 
 _KIND, _VERSION = "agent", 1
+_AGENT = record(
+    {
+        "agent": text(),
+        "config": entries(plain),
+        "observation_dim": integer(1, 2**31),
+        "action_dim": integer(1, 2**31),
+        "low": tensor(None, dtypes=(torch.float64,)),
+        "high": tensor(None, dtypes=(torch.float64,)),
+        "seed": integer(-(2**63), 2**63),
+        "env": text(),
+        "updates": integer(),
+        "modules": entries(entries(tensor())),
+        "extra": entries(tensor()),
+    },
+    {"optimisers": items(anything), "generators": items(GENERATOR, length=2)},
+    others=anything,  # what single agents add
+)
 # Copies that only training needs, and what they are copies of.
 _COPIES = {"target_critic": "critic", "old_policy": "policy", "target_policy": "policy"}
 _LARGE_BLOCK = 31 << 20  # bytes; glibc follows up to 32 MiB
@@ -279,8 +313,16 @@ class BaseAgent(ABC):
         """Take back :meth:`state`.
 
         Raises:
-            CheckpointError: If it is that of another agent or another configuration.
+            CheckpointError: If it is that of another agent or another configuration, or none of
+                an agent; the message names the key.
         """
+        _AGENT(state, "payload")
+        with understood("an agent"):
+            self._check(state)
+            self._load(state)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuse the state of another agent, before anything of this one changes."""
         mine = {
             "agent": self.name,
             "observation_dim": self.observation_dim,
@@ -291,9 +333,52 @@ class BaseAgent(ABC):
         kept = {**asdict(self.config_type()), **state["config"], **state}
         for key, value in mine.items():
             if kept[key] != value:
+                found = kept[key][:80] if isinstance(kept[key], str) else shown(kept[key])
                 raise checkpoint.CheckpointError(
-                    f"checkpoint must be of an agent with {key} {value}, got {kept[key]}"
+                    f"checkpoint must be of an agent with {key} {value}, got {found}"
                 )
+        modules, own = state["modules"], self._modules()
+        if not set(modules) <= {*own, *_COPIES}:
+            raise checkpoint.CheckpointError(
+                f"payload['modules'] must be of {sorted(own)}, got {sorted(modules)}"
+            )
+        for name, module in own.items():
+            found = name if name in modules else _COPIES.get(name, name)
+            if found not in modules:
+                raise checkpoint.CheckpointError(
+                    f"payload['modules'] must have {name!r}, got {sorted(modules)}"
+                )
+            fits(module, "the agent's configuration")(
+                modules[found], f"payload['modules'][{found!r}]"
+            )
+            moments = modules[found] if isinstance(module, RunningMoments) else {}
+            if any(bool((moments[key] < 0).any()) for key in ("variance", "count") if moments):
+                raise checkpoint.CheckpointError(
+                    f"payload['modules'][{found!r}] must have a variance and a count of at least 0"
+                )
+        for name, wanted in self.extra_state().items():
+            found = state["extra"].get(name)
+            if found is not None and found.shape != wanted.shape:
+                raise checkpoint.CheckpointError(
+                    f"payload['extra'][{name!r}] must have shape {tuple(wanted.shape)}, got "
+                    f"{shown(found)}"
+                )
+        if ("optimisers" in state) != ("generators" in state):
+            raise checkpoint.CheckpointError(
+                "payload must have optimisers and generators, or none"
+            )
+        if "optimisers" in state:
+            own_optimisers = self._optimisers()
+            items(anything, length=len(own_optimisers))(
+                state["optimisers"], "payload['optimisers']"
+            )
+            for i, optimiser in enumerate(own_optimisers):
+                optimised(optimiser)(state["optimisers"][i], f"payload['optimisers'][{i}]")
+            for kept_state in state["generators"]:
+                checkpoint.restore_generator(torch.Generator(self.device), kept_state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take back a state that has been checked."""
         modules = state["modules"]
         for name, module in self._modules().items():
             module.load_state_dict(modules[name if name in modules else _COPIES[name]])
@@ -314,17 +399,33 @@ class BaseAgent(ABC):
     def from_state(
         cls: type[_A], state: dict[str, Any], *, device: torch.device | str = "auto"
     ) -> _A:
-        """The agent that :meth:`state` describes."""
-        agent = cls(
-            state["observation_dim"],
-            state["action_dim"],
-            cls.config_type.from_saved(state["config"]),
-            seed=state["seed"],
-            device=device,
-            low=state["low"].numpy(),
-            high=state["high"].numpy(),
-            env=state["env"],
-        )
+        """The agent that :meth:`state` describes.
+
+        Arguments:
+            state: What :meth:`state` returned.
+            device: Where its networks go.
+
+        Raises:
+            CheckpointError: If it is none of an agent; nothing larger than it is allocated.
+        """
+        if device != "auto":
+            torch.empty(0, device=device)  # whether there is such a device
+        _AGENT(state, "payload")
+        with understood("an agent"):
+            with bounded(0):
+                config = cls.config_type.from_saved(state["config"])
+            check_sizes(state, config)
+            with bounded(held(state)):
+                agent = cls(
+                    state["observation_dim"],
+                    state["action_dim"],
+                    config,
+                    seed=state["seed"],
+                    device=device,
+                    low=state["low"].numpy(),
+                    high=state["high"].numpy(),
+                    env=state["env"],
+                )
         agent.load_state(state)
         return agent
 
@@ -333,6 +434,41 @@ class BaseAgent(ABC):
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         return [self.critic_optimiser, self.policy_optimiser]
+
+
+def check_sizes(state: dict[str, Any], config: AgentConfig) -> None:
+    """Refuse sizes that the tensors of an agent do not have, before anything is made of them.
+
+    Arguments:
+        state: The agent's state.
+        config: The configuration that it names.
+
+    Raises:
+        CheckpointError: If a size is out of proportion.
+    """
+    _AGENT(state, "payload")
+    low, high, modules = state["low"], state["high"], state["modules"]
+    if low.shape != high.shape or len(low) != state["action_dim"] or not bool((low < high).all()):
+        raise checkpoint.CheckpointError(
+            f"payload must have action_dim {state['action_dim']} ends low below high, got "
+            f"{shown(low)} and {shown(high)}"
+        )
+    known = modules.get("moments", {}).get("mean")
+    if known is None or known.shape != (state["observation_dim"],):
+        raise checkpoint.CheckpointError(
+            f"payload['modules']['moments']['mean'] must have shape ({state['observation_dim']},),"
+            f" got {shown(known)}"
+        )
+    tensors = [tensor for module in modules.values() for tensor in module.values()]
+    longest = max([1000, *(tensor.numel() for tensor in tensors)])
+    most = {"depth": len(tensors), "critic_depth": len(tensors), "num_steps": longest}
+    for name, limit in most.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > limit:
+            raise checkpoint.CheckpointError(
+                f"payload['config'][{name!r}] must be at most {limit}, as the tensors say, got "
+                f"{shown(value)}"
+            )
 
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:

@@ -30,6 +30,21 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
+from rsm_sampler.checkpoint import CheckpointError
+from rsm_sampler.schema import (
+    Schema,
+    anything,
+    entries,
+    flag,
+    integer,
+    items,
+    number,
+    optional,
+    record,
+    tensor,
+    text,
+)
+
 __all__ = ["EnvironmentFailure", "EnvironmentSource", "Environments", "Transition", "describe"]
 
 EnvironmentSource = str | Callable[[], gym.Env] | gym.Env | VectorEnv
@@ -199,9 +214,19 @@ class Environments:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state` was taken, for environments that resume exactly."""
+        """Go on where :meth:`state` was taken, for environments that resume exactly.
+
+        Arguments:
+            state: What :meth:`state` returned.
+
+        Raises:
+            CheckpointError: If it is not one of as many copies of this environment.
+        """
+        _states(self.num_envs)(state, "payload['environments']")
         if state["copies"] is None or not self.resumes_exactly:
             return
+        if "autoreset" not in state:
+            raise CheckpointError("payload['environments'] must have the key 'autoreset'")
         assert isinstance(self.vector, SyncVectorEnv)
         with quiet():
             self.vector.reset()
@@ -342,6 +367,55 @@ def _kind(env: gym.Env) -> str | None:
     return None
 
 
+_PARTS = {
+    "mujoco": {"data", "time"},
+    "classic": {"state", "as_tuple", "dtype"},
+    "own": {"own"},
+}
+_COPY = record(
+    {
+        "kind": text(tuple(_PARTS)),
+        "generator": optional(
+            record(
+                {
+                    # Of NumPy's generators; names of other attributes would be called.
+                    "name": text(("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")),
+                    "state": entries(text()),
+                    "has_uint32": integer(0, 1),
+                    "uinteger": integer(0, 2**32 - 1),
+                    "seed": text(),
+                }
+            )
+        ),
+        "elapsed": optional(integer()),
+    },
+    {
+        "data": entries(tensor(finite=False)),
+        "time": number(),
+        "state": optional(tensor(None, dtypes=(torch.float64,))),
+        "as_tuple": flag(),
+        "dtype": optional(text(("float32", "float64"))),
+        "steps_beyond_terminated": optional(number()),
+        "last_u": optional(number()),
+        "own": anything,  # the environment's own matter
+    },
+)
+
+
+def _states(count: int) -> Schema:
+    """Allows what :meth:`Environments.state` returns for so many copies."""
+    return record(
+        {
+            "over": tensor(count, dtypes=(torch.bool,)),
+            "returns": tensor(count, dtypes=(torch.float64,)),
+            "lengths": tensor(count, dtypes=(torch.int64,)),
+            "steps": integer(),
+            "copies": optional(items(_COPY, length=count)),
+        },
+        {"autoreset": tensor(count, dtypes=(torch.bool,))},
+    )
+
+
 _STATELESS = {"OrderEnforcing", "PassiveEnvChecker", "RescaleAction", "ClipAction"}
 
 
@@ -384,6 +458,11 @@ def _state_of(env: gym.Env) -> dict[str, Any]:
 
 def _restore(env: gym.Env, state: dict[str, Any]) -> None:
     inner: Any = env.unwrapped
+    if state["kind"] != _kind(env) or not _PARTS[state["kind"]] <= set(state):
+        raise CheckpointError(
+            f"payload['environments'] must be of environments of kind {_kind(env)}, with "
+            f"{sorted(_PARTS[state['kind']])}, got one of kind {state['kind']} with {[*state]}"
+        )
     _restore_generator(inner, state["generator"])
     for layer in _layers(env):
         if type(layer).__name__ == "TimeLimit":
@@ -397,6 +476,11 @@ def _restore(env: gym.Env, state: dict[str, Any]) -> None:
     elif state["kind"] == "classic":
         if state["state"] is not None:
             value = state["state"].numpy().astype(state["dtype"])
+            if value.shape != np.shape(inner.state):
+                raise CheckpointError(
+                    f"payload['environments'] must have states of shape {np.shape(inner.state)}, "
+                    f"got {value.shape}"
+                )
             inner.state = tuple(value.tolist()) if state["as_tuple"] else value
         for name in ("steps_beyond_terminated", "last_u"):
             if name in state:

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from rl.environments import Transition
 from rsm_sampler import checkpoint
+from rsm_sampler.schema import items, record, tensor
 
 __all__ = ["Batch", "MultiStep", "ReplayBuffer"]
 
 _KIND, _VERSION = "replay", 1
+_ROWS = record({"rows": items(tensor(dtypes=(torch.float32,)))})
 _Open = tuple[NDArray[np.float32], NDArray[np.float32], float, int]
 
 
@@ -266,13 +268,15 @@ class ReplayBuffer:
             CheckpointError: If a transition is missing.
         """
         oldest = max(0, count - self.capacity)
-        wanted = oldest
+        wanted, later = oldest, []
         for path, begin, end in sorted(_files(Path(folder)), key=lambda entry: entry[1]):
             if begin >= count:
-                path.unlink()
+                later.append(path)
                 continue
             if begin <= wanted < end:
-                rows = checkpoint.load(path, kind=_KIND, version=_VERSION)["rows"]
+                loaded = checkpoint.load(path, kind=_KIND, version=_VERSION, schema=_ROWS)
+                with checkpoint.named(path):
+                    rows = self._checked(loaded["rows"], end - begin)
                 if len(rows) == len(self._rows) - 1:  # older files do not say: single steps
                     rows = [*rows, torch.ones_like(rows[-1])]
                 self.count = wanted
@@ -285,6 +289,19 @@ class ReplayBuffer:
             )
         self.count = self._saved = count
         self._size.fill_(len(self))
+        for path in later:  # only once all is there that they are later than
+            path.unlink()
+
+    def _checked(self, rows: list[Tensor], count: int) -> list[Tensor]:
+        """The columns of a file, if they are those of so many transitions of this buffer."""
+        if not len(self._rows) - 1 <= len(rows) <= len(self._rows):
+            raise checkpoint.CheckpointError(
+                f"payload['rows'] must be {len(self._rows)} columns, got {len(rows)}"
+            )
+        for i, column in enumerate(rows):
+            shape = (count, *self._rows[i].shape[1:])
+            tensor(*shape, dtypes=(torch.float32,))(column, f"payload['rows'][{i}]")
+        return list(rows)
 
     def bytes_on_disk(self, folder: str | os.PathLike[str]) -> int:
         """Size of the files in a folder."""

@@ -17,6 +17,7 @@ with ``get_state`` and ``set_state``); others start new episodes, which is print
 failure of an environment all start new episodes, since some may have stepped.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rl.base import BaseAgent
+from rl.base import BaseAgent, check_sizes
 from rl.config import AgentConfig
 from rl.dacer import DACER
 from rl.dipo import DIPO
@@ -54,6 +55,23 @@ from rl.sdac import SDAC
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rsm_sampler import DivergedError, checkpoint
 from rsm_sampler.loggers import JSONLinesLogger, Logger
+from rsm_sampler.schema import (
+    anything,
+    bounded,
+    entries,
+    flag,
+    held,
+    integer,
+    items,
+    number,
+    optional,
+    plain,
+    record,
+    shown,
+    tensor,
+    text,
+    understood,
+)
 from rsm_sampler.version import __version__
 
 __all__ = [
@@ -62,6 +80,7 @@ __all__ = [
     "AnyAgent",
     "Run",
     "RunProgress",
+    "check_folder",
     "read_about",
     "uncounted_steps",
 ]
@@ -82,6 +101,53 @@ RUN_OPTIONS = (
 )
 _LOG = logging.getLogger(__name__)
 _KIND, _VERSION = "run", 1
+_DECIDING = {"agent": text(), "env": text(), "config": entries(plain)}
+_ABOUT = record(
+    {**_DECIDING, "total_steps": integer(1)},
+    {
+        "by_id": flag(),
+        "seed": integer(0, 2**63),
+        "device": text(),
+        "eval_env": optional(text()),
+        "eval_by_id": flag(),
+        "eval_every": integer(),
+        "eval_episodes": integer(1),
+        "checkpoint_every": integer(),
+        "log_every": integer(1),
+    },
+    others=plain,
+)
+_NEEDED = ("seed", "eval_every", "eval_episodes", "checkpoint_every", "log_every")
+_NUMBER = number(finite=False, nan=True)
+_RUN = record(
+    {
+        "about": record(_DECIDING, {"by_id": flag(), "seed": integer(0, 2**63)}, others=plain),
+        "agent": entries(anything),  # the agent's own
+        "environments": optional(entries(anything)),  # theirs
+        "observation": tensor(None, None, dtypes=(torch.float32,)),
+        "transitions": integer(),
+        "step": integer(),
+        "owed": number(least=0.0),
+        "best": optional(_NUMBER),
+        "evaluations": items(entries(_NUMBER)),
+        "recent": items(items(_NUMBER, length=2)),
+        "random": record(
+            {
+                "state": record({"state": text(), "inc": text()}),
+                "has_uint32": integer(0, 1),
+                "uinteger": integer(0, 2**32 - 1),
+            }
+        ),
+    },
+    {
+        "seconds": number(least=0.0),
+        "latest": entries(tensor(finite=False)),
+        "open_returns": items(items(items(anything, length=4))),
+    },
+)
+# What run.json may ask for before there is a checkpoint to compare it with.
+_MOST = {"num_envs": 4096, "depth": 1000, "critic_depth": 1000, "num_steps": 10_000}
+_MOST_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -100,7 +166,11 @@ class RunProgress:
 
 
 class Run:
-    """One run: its parts, its rounds, its folder. For the arguments see :func:`rl.train`."""
+    """One run: its parts, its rounds, its folder. For the arguments see :func:`rl.train`.
+
+    ``most_bytes`` bounds the agent of a run whose configuration comes from a file; see
+    :func:`rsm_sampler.schema.bounded`.
+    """
 
     def __init__(
         self,
@@ -118,6 +188,7 @@ class Run:
         eval_episodes: int = 20,
         checkpoint_every: int | None = None,
         log_every: int = 1000,
+        most_bytes: int | None = None,
     ) -> None:
         if agent not in AGENTS:
             known = sorted([*AGENTS, *FOREIGN])
@@ -174,16 +245,17 @@ class Run:
             "config": asdict(config),
         }
         environments = self.environments
-        self.agent = kind(
-            environments.observation_dim,
-            environments.action_dim,
-            config,
-            seed=seed,
-            device=device,
-            low=environments.low,
-            high=environments.high,
-            env=describe(env),
-        )
+        with contextlib.nullcontext() if most_bytes is None else bounded(most_bytes):
+            self.agent = kind(
+                environments.observation_dim,
+                environments.action_dim,
+                config,
+                seed=seed,
+                device=device,
+                low=environments.low,
+                high=environments.high,
+                env=describe(env),
+            )
         self.folder = None if run_dir is None else Path(run_dir).expanduser()
         if self.folder is not None:
             self._claim(self.folder)
@@ -404,13 +476,14 @@ class Run:
         if path.exists():
             found = read_about(folder)
             for key, value in self.about.items():
-                wanted, kept = json.loads(json.dumps(value)), found[key]
+                wanted: Any = json.loads(json.dumps(value))
+                kept: Any = found.get(key)
                 if key == "config":  # fields that an older version did not know
                     kept = {**json.loads(json.dumps(asdict(type(self.config)()))), **kept}
                 if kept != wanted:
                     raise ValueError(
                         f"run_dir must be new or hold this run, got {folder} with {key} "
-                        f"{found[key]} instead of {value}"
+                        f"{found.get(key)} instead of {value}"
                     )
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(
@@ -455,23 +528,56 @@ class Run:
         if self.folder is None or not (self.folder / "checkpoint.pt").exists():
             return False
         path = self.folder / "checkpoint.pt"
-        state = checkpoint.load(path, kind=_KIND, version=_VERSION)
-        self.agent.load_state(state["agent"])
+        state = checkpoint.load(path, kind=_KIND, version=_VERSION, schema=_RUN)
+        with checkpoint.named(path), understood("a run"):
+            self._take(state)
         self.replay.load(self.folder / "replay", state["transitions"])
+        return True
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Become the run of a checkpoint, but for the replay."""
+        environments = self.environments
+        shape = environments.num_envs, environments.observation_dim
+        tensor(*shape, dtypes=(torch.float32,))(state["observation"], "payload['observation']")
+        most = 1 + self.config.updates_per_step * environments.num_envs
+        if state["owed"] > most:
+            raise checkpoint.CheckpointError(
+                f"payload['owed'] must be at most {most} updates, got {state['owed']}"
+            )
+        random = _from_bits(state["random"])
+        open_returns = state.get("open_returns", self.returns.state())
+        self._check_returns(open_returns)
+        self.agent.load_state(state["agent"])
         self.step, self.owed, self.best = state["step"], state["owed"], state["best"]
-        self.evaluations, self.recent = state["evaluations"], state["recent"]
+        self.evaluations = state["evaluations"]
+        self.recent = [(float(r), int(n)) for r, n in state["recent"]]
         self.latest = state.get("latest", {})
-        self.random = _from_bits(state["random"])
+        self.random = random
         self._saved_at, self._spent = self.step, state.get("seconds", 0.0)
         self._since = (time.perf_counter(), self.step, self.agent.updates)
-        if self.environments.resumes_exactly and state["environments"] is not None:
-            self.environments.restore(state["environments"])
+        if environments.resumes_exactly and state["environments"] is not None:
+            environments.restore(state["environments"])
             self.observation = state["observation"].numpy()
-            self.returns.load_state(state.get("open_returns", self.returns.state()))
+            self.returns.load_state(open_returns)
         else:
             seeds = self._seeds(self.seed + self.step)
-            self.observation = self.environments.reset(seed=seeds)
-        return True
+            self.observation = environments.reset(seed=seeds)
+
+    def _check_returns(self, state: list[Any]) -> None:
+        """Refuse open returns of other environments."""
+        environments, key = self.environments, "payload['open_returns']"
+        items(anything, length=environments.num_envs)(state, key)
+        float32 = (torch.float32,)
+        schemas = (
+            tensor(environments.observation_dim, dtypes=float32),
+            tensor(environments.action_dim, dtypes=float32),
+            number(),
+            integer(0, self.config.n_step),
+        )
+        for each in state:
+            for entry in each:
+                for schema, value in zip(schemas, entry, strict=True):
+                    schema(value, key)
 
     def _seeds(self, seed: int) -> int | list[int]:
         """Of the copies of the environment: runs with neighbouring seeds have none in common."""
@@ -500,15 +606,78 @@ def read_about(folder: Path) -> dict[str, Any]:
         CheckpointError: If it holds no run.
     """
     path = folder / "run.json"
-    if not path.is_file():
-        raise checkpoint.CheckpointError(f"no run at {folder}: there is no run.json")
     try:
+        if not path.is_file():
+            raise checkpoint.CheckpointError(f"no run at {folder}: there is no run.json")
         about = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (OSError, RecursionError, ValueError) as error:
+        if isinstance(error, checkpoint.CheckpointError):
+            raise
         raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(about, dict) or not {"agent", "env", "config", "total_steps"} <= set(about):
-        raise checkpoint.CheckpointError(f"{path} must say what was run, got {str(about)[:80]}")
+        raise checkpoint.CheckpointError(f"{path} must say what was run, got {shown(about)}")
+    with checkpoint.named(path):
+        _ABOUT(about, "it")
     return about
+
+
+def check_folder(folder: Path) -> tuple[dict[str, Any], AgentConfig, int]:
+    """What a run's folder says of a run that is to go on, if its files agree.
+
+    Arguments:
+        folder: The folder.
+
+    Returns:
+        What ``run.json`` says, the configuration, and how many bytes the agent's tensors have in
+        the checkpoint; where there is no checkpoint yet, how many they may have.
+
+    Raises:
+        CheckpointError: If it holds no run, or one of which nothing could be made.
+    """
+    about, path = read_about(folder), folder / "run.json"
+    with checkpoint.named(path):
+        for name in _NEEDED:
+            if name not in about:
+                raise checkpoint.CheckpointError(f"it must have the key {name!r}, got {[*about]}")
+        if about["agent"] not in AGENTS:
+            raise checkpoint.CheckpointError(
+                f"agent must be one of {sorted(AGENTS)}, got {shown(about['agent'])}"
+            )
+        with understood("a run"), bounded(0):
+            config = AGENTS[about["agent"]].config_type.from_saved(about["config"])
+            torch.device(about.get("device", "cpu"))
+        if config.replay_size > _all_memory() / ReplayBuffer.size_in_bytes(1, 1, 1):
+            raise checkpoint.CheckpointError(
+                f"replay_size must fit into this machine's memory, got {config.replay_size}"
+            )
+        kept = folder / "checkpoint.pt"
+        if not kept.exists():
+            for name, most in _MOST.items():
+                if (value := getattr(config, name, None)) is not None and value > most:
+                    raise checkpoint.CheckpointError(f"{name} must be at most {most}, got {value}")
+            return about, config, _MOST_BYTES
+    state = checkpoint.load(kept, kind=_KIND, version=_VERSION, schema=_RUN)
+    with checkpoint.named(path):
+        # An older version did not know all fields, in neither of the files.
+        default = asdict(type(config)())
+        ours = {"config": json.loads(json.dumps(asdict(config)))}
+        theirs = {"config": json.loads(json.dumps({**default, **state["about"]["config"]}))}
+        for name in ("agent", "seed"):
+            ours[name], theirs[name] = about[name], state["about"].get(name, about[name])
+        for name, value in ours.items():
+            if theirs[name] != value:
+                raise checkpoint.CheckpointError(
+                    f"{name} must be that of checkpoint.pt, {shown(theirs[name])}, got "
+                    f"{shown(value)}"
+                )
+        if config.num_envs != len(state["observation"]) and about.get("by_id", True):
+            raise checkpoint.CheckpointError(
+                f"num_envs must be {len(state['observation'])}, as checkpoint.pt has, got "
+                f"{config.num_envs}"
+            )
+    with checkpoint.named(kept):
+        check_sizes(state["agent"], config)
+    return about, config, held(state["agent"])
 
 
 def _bits(generator: np.random.Generator) -> dict[str, Any]:
@@ -529,6 +698,13 @@ def _from_bits(state: dict[str, Any]) -> np.random.Generator:
         "uinteger": state["uinteger"],
     }
     return np.random.Generator(bits)
+
+
+def _all_memory() -> float:
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return float("inf")
 
 
 def _free_memory() -> float:

@@ -24,6 +24,7 @@ References:
     | https://github.com/DLR-RM/stable-baselines3
 """
 
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -31,7 +32,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,41 @@ from tqdm.auto import tqdm
 from rl.environments import EnvironmentSource, describe
 from rl.evaluation import checked_observation, evaluate
 from rsm_sampler import checkpoint
+from rsm_sampler.interrupts import terminable
 from rsm_sampler.loggers import JSONLinesLogger, Logger
+from rsm_sampler.schema import (
+    anything,
+    bounded,
+    entries,
+    fits,
+    held,
+    integer,
+    number,
+    optional,
+    plain,
+    record,
+    tensor,
+    text,
+    understood,
+)
 
 __all__ = ["FOREIGN", "StableBaselinesAgent", "configuration", "train"]
 
 FOREIGN = ("ppo", "sac", "td3")
 _KIND, _VERSION = "agent", 1
+_STATE = record(
+    {
+        "agent": text(FOREIGN),
+        "observation_dim": integer(1, 2**31),
+        "low": tensor(None, dtypes=(torch.float32, torch.float64)),
+        "high": tensor(None, dtypes=(torch.float32, torch.float64)),
+        "seed": integer(-(2**63), 2**63),
+        "env": text(),
+        "policy_kwargs": entries(plain),
+        "modules": record({"policy": entries(tensor())}),
+    },
+    {"moments": optional(entries(anything))},
+)
 _EPSILON, _CLIP = 1e-8, 10.0  # of standardised observations; the library's defaults
 _PLAIN = bool | int | float | str | None
 _SET_HERE = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model"}
@@ -150,15 +181,28 @@ class StableBaselinesAgent:
         Arguments:
             state: What the file holds.
             device: Where the network goes.
+
+        Raises:
+            CheckpointError: If that is none of an agent; nothing larger than it is allocated.
         """
+        _STATE(state, "payload")
         n, low, high = state["observation_dim"], state["low"].numpy(), state["high"].numpy()
-        policy = _algorithm(state["agent"]).policy_aliases["MlpPolicy"](
-            gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float32),
-            gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32)),
-            lambda _: 0.0,
-            **_with_classes(state["policy_kwargs"]),
-        )
-        policy.load_state_dict(state["modules"]["policy"])
+        tensors, algorithm = state["modules"]["policy"], _algorithm(state["agent"])
+        if not any(each.dim() == 2 and each.shape[1] == n for each in tensors.values()):
+            raise checkpoint.CheckpointError(
+                f"payload['observation_dim'] must be what the policy takes, got {n}"
+            )
+        if low.shape != high.shape or not len(low) or not (low < high).all():
+            raise checkpoint.CheckpointError("payload must have ends of actions, low below high")
+        with understood("an agent of stable-baselines3"), bounded(held(state)), _silence():
+            policy = algorithm.policy_aliases["MlpPolicy"](
+                gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float32),
+                gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32)),
+                lambda _: 0.0,
+                **_with_classes(state["policy_kwargs"]),
+            )
+        fits(policy, "the agent's policy_kwargs")(tensors, "payload['modules']['policy']")
+        policy.load_state_dict(tensors)
         policy.set_training_mode(False)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,6 +210,11 @@ class StableBaselinesAgent:
         if (known := state.get("moments")) is not None:
             from stable_baselines3.common.running_mean_std import RunningMeanStd
 
+            moment = tensor(n, dtypes=(torch.float64,))
+            schema = {"mean": moment, "var": moment, "count": number(least=0.0)}
+            record(schema)(known, "payload['moments']")
+            if not bool((known["var"] >= 0).all()):
+                raise checkpoint.CheckpointError("payload['moments']['var'] must be at least 0")
             moments = RunningMeanStd(shape=(n,))
             moments.mean, moments.var = known["mean"].numpy(), known["var"].numpy()
             moments.count = known["count"]
@@ -179,6 +228,14 @@ class StableBaselinesAgent:
             policy_kwargs=state["policy_kwargs"],
             moments=moments,
         )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings of layers without units: what such a file says is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -355,20 +412,21 @@ def train(
                 each.log(step, **record)
             return callback is not None and bool(callback(step, found.mean, agent))
 
-    try:
-        model.learn(total_steps, callback=Watch())
-    except KeyboardInterrupt:
-        agent.interrupted = True
-        tqdm.write(f"interrupted at step {model.num_timesteps:,}")
-    finally:
-        bar.close()
-        for each in loggers:
-            if each is not logger:
-                each.close()
-    agent.updates = _gradient_steps(model)
-    model.policy.set_training_mode(False)
-    if folder is not None:
-        agent.save(folder / "last.pt")
+    with terminable(folder is not None):
+        try:
+            model.learn(total_steps, callback=Watch())
+        except KeyboardInterrupt:
+            agent.interrupted = True
+            tqdm.write(f"interrupted at step {model.num_timesteps:,}")
+        finally:
+            bar.close()
+            for each in loggers:
+                if each is not logger:
+                    each.close()
+        agent.updates = _gradient_steps(model)
+        model.policy.set_training_mode(False)
+        if folder is not None:
+            agent.save(folder / "last.pt")
     return agent
 
 

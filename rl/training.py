@@ -8,8 +8,9 @@ Several runs that differ in their seeds share the loop, round by round. What a r
 folder holds, stands in :mod:`rl.run`.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from rl.base import BaseAgent
 from rl.config import AgentConfig
 from rl.environments import EnvironmentSource, is_environment
 from rl.lockstep import Lockstep
-from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, read_about
+from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, check_folder, read_about
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
-from rsm_sampler.interrupts import deferred_interrupt
+from rsm_sampler.interrupts import deferred_interrupt, terminable
 from rsm_sampler.loggers import Logger
+from rsm_sampler.schema import anything, record, shown, text
 
 __all__ = ["load", "resume", "train", "train_seeds"]
 
@@ -74,9 +76,11 @@ def train(
         **changes: Fields of the configuration that differ from the preset.
 
     Returns:
-        The trained agent. After Ctrl-C, the agent as it is: the run can be resumed.
+        The trained agent. After Ctrl-C, the agent as it is: the run can be resumed. After SIGTERM
+        a run with a folder is saved in the same way, and the process ends with status 143.
 
     Raises:
+        SystemExit: After SIGTERM, with a folder.
         ValueError: If an argument does not fit.
         DivergedError: If the agent's actions are not finite; the last checkpoint stands.
         EnvironmentFailure: If an environment raises or returns NaN; the run is saved before.
@@ -219,11 +223,11 @@ def resume(
         callback: As in :func:`train`.
 
     Raises:
-        CheckpointError: If the folder holds no run.
+        CheckpointError: If the folder holds no run, or files that do not fit together.
         ValueError: If an environment is needed that has no id, or the run is one of
             stable-baselines3, which begins anew instead: train it again.
     """
-    about = read_about(Path(run_dir))
+    about = read_about(Path(run_dir).expanduser())
     if about["agent"] in FOREIGN:
         raise ValueError(f"run_dir must be of an agent that resumes, got one of {about['agent']}")
     for name, given, known in (("env", env, "by_id"), ("eval_env", eval_env, "eval_by_id")):
@@ -231,22 +235,26 @@ def resume(
             raise ValueError(
                 f"{name} must be given for a run on {about[name]}, which has no id, got None"
             )
-    kind = AGENTS[about["agent"]].config_type
-    run = Run(
-        about["agent"],
-        about["env"] if env is None else env,
-        total_steps=about["total_steps"] if total_steps is None else total_steps,
-        seed=about["seed"],
-        config=kind.from_saved(about["config"]),
-        run_dir=run_dir,
-        device=about.get("device", device) if device == "auto" else device,
-        eval_env=about.get("eval_env") if eval_env is None else eval_env,
-        eval_every=about["eval_every"],
-        eval_episodes=about["eval_episodes"],
-        checkpoint_every=about["checkpoint_every"],
-        log_every=about["log_every"],
-        changes={},
-    )
+    _, config, most_bytes = check_folder(Path(run_dir).expanduser())
+    given = about["env"] if env is None else env
+    given_eval = about.get("eval_env") if eval_env is None else eval_env
+    with checkpoint.named(Path(run_dir, "run.json")), _known(env, eval_env):
+        run = Run(
+            about["agent"],
+            given,
+            total_steps=about["total_steps"] if total_steps is None else total_steps,
+            seed=about["seed"],
+            config=config,
+            most_bytes=most_bytes,
+            run_dir=run_dir,
+            device=about.get("device", device) if device == "auto" else device,
+            eval_env=given_eval,
+            eval_every=about["eval_every"],
+            eval_episodes=about["eval_episodes"],
+            checkpoint_every=about["checkpoint_every"],
+            log_every=about["log_every"],
+            changes={},
+        )
     _go([run], progress=progress, loggers=[logger], callback=callback)
     return run.agent
 
@@ -261,14 +269,28 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -
     Raises:
         CheckpointError: If the file holds no agent.
     """
-    state = checkpoint.load(path, kind="agent", version=1)
-    if state["agent"] in FOREIGN:
-        return StableBaselinesAgent.from_state(state, device=device)
-    if state["agent"] not in AGENTS:
+    named_agent = record({"agent": text()}, others=anything)
+    state = checkpoint.load(path, kind="agent", version=1, schema=named_agent)
+    if state["agent"] not in (*FOREIGN, *AGENTS):
         raise checkpoint.CheckpointError(
-            f"{os.fspath(path)} must be one of the agents {sorted(AGENTS)}, got {state['agent']!r}"
+            f"{os.fspath(path)} must be one of the agents {sorted(AGENTS)}, got "
+            f"{shown(state['agent'])}"
         )
-    return AGENTS[state["agent"]].from_state(state, device=device)
+    with checkpoint.named(path):
+        if state["agent"] in FOREIGN:
+            return StableBaselinesAgent.from_state(state, device=device)
+        return AGENTS[state["agent"]].from_state(state, device=device)
+
+
+@contextlib.contextmanager
+def _known(*given: EnvironmentSource | None) -> Iterator[None]:
+    """Name the file where it, and not the caller, names an environment that is not known."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("env must be a registered id") and None in given:
+            raise checkpoint.CheckpointError(str(error)) from error
+        raise
 
 
 def _go(
@@ -279,7 +301,23 @@ def _go(
     callback: Callable[[RunProgress], bool | None] | None,
     batched: bool = False,
 ) -> None:
-    """Run to the end, or to an interruption."""
+    """Run to the end, or to an interruption.
+
+    Runs with a folder are saved when SIGTERM comes, which then ends the process.
+    """
+    with terminable(runs[0].folder is not None):
+        _go_on(runs, progress=progress, loggers=loggers, callback=callback, batched=batched)
+
+
+def _go_on(
+    runs: list[Run],
+    *,
+    progress: bool | None,
+    loggers: Sequence[Logger | None],
+    callback: Callable[[RunProgress], bool | None] | None,
+    batched: bool,
+) -> None:
+    """The same, as long as the process lives."""
     going_on = [
         run.open(logger, share=len(runs)) for run, logger in zip(runs, loggers, strict=True)
     ]

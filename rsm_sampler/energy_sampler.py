@@ -26,6 +26,22 @@ from rsm_sampler.montecarlo.run import RefineResult, refine
 from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.samplers import Langevin, Sampler
 from rsm_sampler.schedules import EDM
+from rsm_sampler.schema import (
+    SEED,
+    bounded,
+    entries,
+    fits,
+    held,
+    integer,
+    items,
+    number,
+    optional,
+    plain,
+    record,
+    tensor,
+    text,
+    understood,
+)
 from rsm_sampler.target.coordinates import Affine, Coordinates, MeanFree, coordinates_of
 from rsm_sampler.target.energy import MeteredEnergy, metered
 from rsm_sampler.verdict.diagnosis import Diagnosis, diagnose
@@ -40,6 +56,65 @@ ContextLike = (
 )
 Method = Literal["heun", "ddim", "ancestral", "multistep", "langevin"]
 _KIND, _VERSION, _LEAST = "sampler", 4, 3
+_FLOATS = (torch.float32, torch.float64)
+_SIZE = integer(1, 2**31)
+_NETWORK = entries(tensor())
+AFFINE = record(
+    {"loc": tensor(None, dtypes=_FLOATS), "scale_tril": tensor(None, None, dtypes=_FLOATS)}
+)
+"""What a file says of :class:`~rsm_sampler.target.coordinates.Affine`."""
+COORDINATES = record(
+    {},
+    {
+        "low": tensor(None, dtypes=_FLOATS, finite=False),
+        "high": tensor(None, dtypes=_FLOATS, finite=False),
+        "particles": tensor(2, dtypes=(torch.int64,)),
+    },
+)
+"""What a file says of coordinates."""
+ARCHITECTURE = record(
+    {"width": _SIZE, "depth": _SIZE},
+    {
+        "dim": _SIZE,
+        "context_dim": optional(integer(0, 2**31)),
+        "frequencies": integer(0, 2**31),
+        "bandwidth": number(above=0.0),
+        "context_bandwidth": number(above=0.0),
+        "harmonics": integer(0, 2**31),
+        "num_particles": integer(2, 2**31),
+        "space_dim": _SIZE,
+        "radial": _SIZE,
+        "vectors": _SIZE,
+    },
+)
+"""What a file says of a network, as :meth:`~rsm_sampler.denoisers.Denoiser.build` takes it."""
+COUNTS = entries(integer())
+HISTORY = items(entries(number(finite=False, nan=True)))
+_SAMPLER = record(
+    {
+        "architecture": ARCHITECTURE,
+        "network": _NETWORK,
+        "affine": AFFINE,
+        "coordinates": COORDINATES,
+        "sigma": items(number(above=0.0), length=2),
+        "num_steps": integer(1, 1_000_000),
+        "seed": SEED,
+        "search": record(
+            {},
+            {
+                "budget": optional(integer()),
+                "log_z": number(finite=False, nan=True),
+                "log_z_se": number(finite=False, nan=True),
+                "ess": number(least=0.0, finite=False, nan=True),
+                "method": text(),
+            },
+            others=plain,
+        ),
+        "history": HISTORY,
+        "counts": COUNTS,
+    },
+    {"radius": number(above=0.0, finite=False)},  # version 3 had none
+)
 _CHUNK = 4096  # draws worked on at a time: bounds the memory and suits the cache
 _SAMPLERS: dict[str, type[Sampler]] = {
     "heun": Heun,
@@ -135,6 +210,59 @@ class WeightedDraws:
         if resampled is None:
             stats["log_weight"] = self.log_weight[index]
         return arviz.from_dict(posterior=_one_chain(named), sample_stats=_one_chain(stats))
+
+
+def coordinates_kept(state: dict[str, Tensor], reduced: int) -> Coordinates:
+    """The coordinates that a file holds, if they are those of points u of a given length.
+
+    Arguments:
+        state: Their ``state_dict``, as a schema allows it.
+        reduced: Length of u.
+
+    Raises:
+        CheckpointError: If they are of another length.
+        ValueError: If there are no such coordinates.
+    """
+    if set(state) not in ({"low", "high"}, {"particles"}):
+        raise checkpoint.CheckpointError(
+            f"coordinates must have low and high, or particles, got {sorted(state)}"
+        )
+    if "particles" in state:
+        n, space = state["particles"].tolist()
+        length = (n - 1) * space
+    else:
+        length = len(state["low"])
+    if length != reduced:  # before anything of that length is made
+        raise checkpoint.CheckpointError(
+            f"coordinates must be {reduced}, as many as the affine map has, got {length}"
+        )
+    return coordinates_of(state)
+
+
+def _network_of(state: dict[str, Any], coordinates: Coordinates) -> Denoiser:
+    """The denoiser that a sampler's file describes."""
+    architecture, tensors = state["architecture"], state["network"]
+    if isinstance(coordinates, MeanFree):
+        known = {"num_particles": coordinates.num_particles, "space_dim": coordinates.space_dim}
+    else:
+        known = {"dim": coordinates.dim}
+    for name, value in known.items():
+        if architecture.get(name) != value or ("dim" in known) != ("dim" in architecture):
+            raise checkpoint.CheckpointError(
+                f"payload['architecture'] must have {name} {value}, as the coordinates say, got "
+                f"{architecture}"
+            )
+    if architecture["depth"] > len(tensors):
+        raise checkpoint.CheckpointError(
+            f"payload['architecture']['depth'] must be at most the number of tensors of the "
+            f"network, {len(tensors)}, got {architecture['depth']}"
+        )
+    with bounded(held(tensors)):
+        denoiser = Denoiser.build(architecture, torch.Generator())
+    fits(denoiser, "its architecture")(tensors, "payload['network']")
+    denoiser.load_state_dict(tensors)
+    denoiser.radius = state.get("radius", math.inf)
+    return denoiser
 
 
 def _one_chain(values: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -464,10 +592,12 @@ class EnergySampler:
 
         Raises:
             CheckpointError: If the file is missing, corrupt, no sampler, or of an older version
-                of the library, whose networks computed something else.
+                of the library, whose networks computed something else; or if what it holds is
+                not what its architecture says. Nothing larger than the file is allocated.
         """
         state = checkpoint.load(path, kind=_KIND, version=_VERSION, least=_LEAST)
-        return cls.from_state(state, energy=energy, device=device)
+        with checkpoint.named(path):
+            return cls.from_state(state, energy=energy, device=device)
 
     @classmethod
     def from_state(
@@ -477,17 +607,29 @@ class EnergySampler:
         energy: Callable[..., Tensor] | None = None,
         device: str | torch.device = "cpu",
     ) -> "EnergySampler":
-        """The sampler of :meth:`state`."""
-        denoiser = Denoiser.build(state["architecture"], torch.Generator())
-        denoiser.load_state_dict(state["network"])
-        denoiser.radius = state.get("radius", math.inf)  # version 3 had none
-        coordinates = coordinates_of(state["coordinates"])
+        """The sampler of :meth:`state`.
+
+        Arguments:
+            state: What :meth:`state` returned.
+            energy: The energy, if it is to be diagnosed.
+            device: Where to put it.
+
+        Raises:
+            CheckpointError: If the state is not one of a sampler; the message names the key.
+        """
+        device = torch.device(device)
+        _SAMPLER(state, "payload")
+        with understood("a sampler"):
+            affine = Affine(**state["affine"])
+            coordinates = coordinates_kept(state["coordinates"], len(affine.loc))
+            denoiser = _network_of(state, coordinates)
+            schedule = EDM(*state["sigma"])
         dim, context_dim = coordinates.dim, state["architecture"].get("context_dim")
         return cls(
             denoiser.to(device).requires_grad_(False),
-            Affine(**state["affine"]),
+            affine,
             coordinates,
-            EDM(*state["sigma"]),
+            schedule,
             state["num_steps"],
             state["architecture"],
             state["seed"],

@@ -43,15 +43,38 @@ from rsm_sampler.bank.bank import Bank
 from rsm_sampler.bank.supply import Supply
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.distributed import Team
-from rsm_sampler.energy_sampler import EXACT_DENSITY, EnergySampler
+from rsm_sampler.energy_sampler import (
+    ARCHITECTURE,
+    COORDINATES,
+    COUNTS,
+    EXACT_DENSITY,
+    EnergySampler,
+)
 from rsm_sampler.estimators import TargetForm
-from rsm_sampler.interrupts import deferred_interrupt
+from rsm_sampler.interrupts import deferred_interrupt, terminable
 from rsm_sampler.kernels import GaussianReferenceKernel, Kernel
 from rsm_sampler.loggers import Logger
 from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
 from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import Proposal
 from rsm_sampler.schedules import EDM
+from rsm_sampler.schema import (
+    GENERATOR,
+    SEED,
+    anything,
+    entries,
+    fits,
+    integer,
+    items,
+    number,
+    optimised,
+    optional,
+    plain,
+    record,
+    tensor,
+    text,
+    understood,
+)
 from rsm_sampler.target.contexts import Contexts
 from rsm_sampler.target.coordinates import Affine, Bounds, Coordinates, MeanFree
 from rsm_sampler.target.energy import BudgetExceededError, MeteredEnergy, particles_of
@@ -61,6 +84,45 @@ from rsm_sampler.trainer_config import TrainerConfig
 __all__ = ["DivergedError", "EnergyDiffusionTrainer", "Progress"]
 
 _KIND, _VERSION = "trainer", 5
+_CHECK = record(
+    {name: number(finite=False, nan=True) for name in ("step", "ess", "log_z")},
+    {name: number(least=0.0) for name in ("evaluations", "seconds")},
+    others=number(finite=False, nan=True),
+)
+_TRAINER = record(
+    {
+        "config": entries(plain),
+        "architecture": ARCHITECTURE,
+        "seed": SEED,
+        "loss": text(("mirror-descent", "reverse-sampling")),
+        "target": text(get_args(TargetForm)),
+        "gradients": text(get_args(GradientMethod)),
+        "coordinates": COORDINATES,
+        "counts": COUNTS,
+        "budget": optional(integer(least=1)),
+        "bank": optional(entries(anything)),  # Bank.from_state and _bank_kept read it
+        "denoiser": entries(tensor()),
+        "average": entries(tensor()),
+        "optimiser": anything,  # compared with the trainer's own
+        "generator": GENERATOR,
+        "history": items(_CHECK),
+        "step": integer(),
+        "step_in_cycle": integer(),
+        "first_step": integer(),
+        "cycle": integer(most=1000),
+        "seconds": number(least=0.0),
+    }
+)
+# Of a bank's density: that its tensors fit together its values at the bank's points show.
+_DENSITY = record(
+    {},
+    {
+        "df": number(least=1.0, most=100.0),
+        "tail": number(least=1.0, most=100.0),
+        "share": number(above=0.0, most=1.0),
+    },
+    others=tensor(),
+)
 _LEAST_BUDGET = 500
 _WORTH_A_CYCLE = 1.25  # growth of the share of the effective sample size
 _SAVE_EVERY = 600.0  # seconds of a cycle
@@ -377,12 +439,14 @@ class EnergyDiffusionTrainer:
             logger: Receives loss, ess, evaluations and log_z.
             checkpoint_path: A file that is written after the search, after every cycle, every
                 ten minutes of a long one, and whenever training is interrupted. If it exists,
-                training goes on from it.
+                training goes on from it. While there is one, SIGTERM too saves and then ends the
+                process with status 143 (see :func:`rsm_sampler.interrupts.terminable`).
 
         Returns:
             The sampler. After Ctrl-C, that of the weights so far.
 
         Raises:
+            SystemExit: After SIGTERM, with a checkpoint.
             EnergyError: If the energy cannot be sampled, and why.
             CheckpointError: If the checkpoint is not of this trainer.
             DivergedError: If the loss is no longer finite, looked at every 100 steps; a
@@ -390,7 +454,9 @@ class EnergyDiffusionTrainer:
         """
         path = None if checkpoint_path is None else Path(checkpoint_path)
         if path is not None and path.exists() and self.step == 0 and self.bank is None:
-            self.load_state(checkpoint.load(path, kind=_KIND, version=_VERSION, least=_VERSION))
+            state = checkpoint.load(path, kind=_KIND, version=_VERSION, least=_VERSION)
+            with checkpoint.named(path):
+                self.load_state(state)
         if budget is not None:
             if budget < _LEAST_BUDGET:
                 raise ValueError(
@@ -408,6 +474,19 @@ class EnergyDiffusionTrainer:
         )
         if not self.team.leads:
             logger = None
+        with terminable(path is not None):
+            self._run(cycles, bar, callback, logger, path)
+        return self.sampler()
+
+    def _run(
+        self,
+        cycles: int,
+        bar: tqdm,
+        callback: Callable[[Progress], bool | None] | None,
+        logger: Logger | None,
+        path: Path | None,
+    ) -> None:
+        """Search, and cycles of training, until it is enough or something ends it."""
         started = time.perf_counter() - self.seconds
         try:
             if self.bank is None:
@@ -439,7 +518,6 @@ class EnergyDiffusionTrainer:
         finally:
             self.seconds = time.perf_counter() - started
             bar.close()
-        return self.sampler()
 
     def _wants_cycle(self, cycles: int) -> bool:
         """Whether a cycle is to be finished, or another one to be begun."""
@@ -767,7 +845,14 @@ class EnergyDiffusionTrainer:
         """
         if not Path(path).exists():
             return -1
-        return int(checkpoint.load(path, kind=_KIND, version=_VERSION, least=_VERSION)["step"])
+        state = checkpoint.load(
+            path,
+            kind=_KIND,
+            version=_VERSION,
+            least=_VERSION,
+            schema=record({"step": integer()}, others=anything),
+        )
+        return int(state["step"])
 
     def _save(self, path: Path | None, started: float) -> None:
         self.seconds = time.perf_counter() - started
@@ -803,8 +888,10 @@ class EnergyDiffusionTrainer:
         """Go on where :meth:`state` was taken.
 
         Raises:
-            CheckpointError: If the state is of a trainer with other settings.
+            CheckpointError: If the state is of a trainer with other settings, or none of a
+                trainer; the message names the key, and the trainer is as it was.
         """
+        _TRAINER(state, "payload")
         mine = {
             "config": _deciding(self.config),
             "architecture": self.architecture,
@@ -820,11 +907,25 @@ class EnergyDiffusionTrainer:
                 raise checkpoint.CheckpointError(
                     f"checkpoint must be of this trainer, with {key} {value}, got {theirs[key]}"
                 )
+        for key in ("denoiser", "average"):
+            fits(self.denoiser, "the trainer's network")(state[key], f"payload[{key!r}]")
+        if max(state["step_in_cycle"], state["first_step"]) > state["step"]:
+            raise checkpoint.CheckpointError(
+                "payload['step'] must be at least step_in_cycle and first_step, got "
+                f"{state['step']}, {state['step_in_cycle']} and {state['first_step']}"
+            )
+        optimised(self.optimiser)(state["optimiser"], "payload['optimiser']")
+        with understood("a trainer"):
+            bank = self._bank_kept(state["bank"])
+            optimiser = torch.optim.Adam(self.denoiser.parameters())
+            optimiser.load_state_dict(state["optimiser"])
+            # Whether the numbers fit, before anything of this trainer changes.
+            checkpoint.restore_generator(torch.Generator(self.device), state["generator"])
+            if bank is not None:
+                self.supply.adopt(bank)
         self.energy.counts = dict(state["counts"])
         if self.energy.budget is None:
             self.energy.budget = state["budget"]
-        if state["bank"] is not None:
-            self.supply.adopt(Bank.from_state(state["bank"], self.device))
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -833,6 +934,46 @@ class EnergyDiffusionTrainer:
         self.step, self.step_in_cycle = state["step"], state["step_in_cycle"]
         self.cycle, self.seconds = state["cycle"], state["seconds"]
         self._first_step = state["first_step"]
+
+    def _bank_kept(self, state: dict[str, Any] | None) -> Bank | None:
+        """The bank that a checkpoint holds, if it is one of this trainer's coordinates."""
+        if state is None:
+            return None
+        if state.get("density") is not None:
+            _DENSITY(state["density"], "payload['bank']['density']")
+        bank, dim = Bank.from_state(state, self.device), self.coordinates.reduced
+        tensor(None, None, dim)(bank.points, "payload['bank']['points']")
+        rows, columns, _ = bank.points.shape
+        if rows * columns < 1:
+            raise checkpoint.CheckpointError("payload['bank']['points'] must not be empty")
+        weight = tensor(rows, columns, finite=False)
+        weight(bank.log_weight, "payload['bank']['log_weight']")
+        best = bank.log_weight.amax(-1)
+        if not bool(best.isfinite().all()):
+            raise checkpoint.CheckpointError(
+                "payload['bank']['log_weight'] must have a finite largest one in every row, got "
+                f"{best.tolist()[:3]}"
+            )
+        given = None if self.context_dim is None else tensor(rows, self.context_dim)
+        if given is not None:
+            given(bank.context, "payload['bank']['context']")
+        elif bank.context is not None:
+            raise checkpoint.CheckpointError("payload['bank']['context'] must be None")
+        # Its weighted moments, in whichever precision: the affine map comes from them.
+        Affine(bank.loc, bank.scale_tril)
+        tensor(dim)(bank.loc, "payload['bank']['loc']")
+        if bank.gradient is not None and bank.gradient.shape != bank.points.shape:
+            raise checkpoint.CheckpointError(
+                "payload['bank']['gradient'] must have the shape of the points "
+                f"{tuple(bank.points.shape)}, got {tuple(bank.gradient.shape)}"
+            )
+        text()(bank.method, "payload['bank']['method']")
+        number(finite=False, nan=True)(bank.log_z, "payload['bank']['log_z']")
+        number(finite=False, nan=True)(bank.log_z_se, "payload['bank']['log_z_se']")
+        number(least=0.0)(bank.ess, "payload['bank']['ess']")
+        if bank.density is not None:
+            bank.density.log_prob(bank.points[0, :2])  # its parts fit together
+        return bank
 
 
 def _deciding(config: TrainerConfig) -> dict[str, Any]:

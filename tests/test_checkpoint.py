@@ -1,9 +1,13 @@
 """Checkpoints: round trips, atomicity, damage, foreign files, and that loading runs nothing."""
 
 import enum
+import math
 import os
 import pickle
 import random
+import signal
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict, namedtuple
 
@@ -13,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rsm_sampler import CheckpointError, checkpoint
+from rsm_sampler import CheckpointError, checkpoint, schema
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10)
 PAYLOAD = st.dictionaries(
@@ -68,6 +72,12 @@ def test_a_view_is_saved_without_the_storage_it_looks_at(tmp_path):
     buffer = torch.zeros(1_000_000)
     checkpoint.save(tmp_path / "a.pt", {"head": buffer[:10]}, kind="test", version=1)
     assert (tmp_path / "a.pt").stat().st_size < 10_000
+
+
+def test_an_expanded_tensor_is_saved_in_full(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", {"a": torch.ones(1).expand(5)}, kind="test", version=1)
+    loaded = checkpoint.load(tmp_path / "a.pt", kind="test")["a"]
+    assert torch.equal(loaded, torch.ones(5)) and loaded.untyped_storage().nbytes() == 20
 
 
 def test_module_and_optimiser_go_on_as_if_never_stopped(tmp_path):
@@ -225,6 +235,62 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, moment):
     assert list(tmp_path.iterdir()) == [path]
 
 
+WRITER = """
+import os, sys, time
+import torch
+from rsm_sampler import checkpoint
+def wait(descriptor):
+    print("writing", flush=True)
+    time.sleep(600)
+os.fsync = wait
+checkpoint.save(sys.argv[1], {"a": torch.zeros(1000)}, kind="test", version=1)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is writing a checkpoint; its temporary file is there."""
+    path = tmp_path / "a[1].pt"  # no pattern of names
+    checkpoint.save(path, {"a": 1}, kind="test", version=1)
+    command = [sys.executable, "-c", WRITER, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        yield process, path
+        process.kill()
+
+
+@pytest.mark.parametrize("how", ["save", "load", "header"])
+def test_what_a_killed_writer_left_is_removed(writer, how):
+    process, path = writer
+    other = path.with_name(".b.pt.0123abcd-1-0123abcd.tmp")
+    other.touch()  # of another file
+    assert len(list(path.parent.iterdir())) == 3
+
+    def touch():
+        if how == "save":
+            checkpoint.save(path, {"a": 1}, kind="test", version=1)
+        elif how == "load":
+            assert checkpoint.load(path, kind="test") == {"a": 1}
+        else:
+            checkpoint.read_header(path)
+        return sorted(entry.name for entry in path.parent.iterdir())
+
+    assert len(touch()) == 3  # its writer lives
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert touch() == sorted([path.name, other.name])
+
+
+def test_temporary_files_of_other_machines_stay(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    foreign = tmp_path / f".a.pt.00000000-{2**22 + 1}-0123abcd.tmp"  # beyond Linux' last number
+    foreign.touch()
+    own = tmp_path / f".a.pt.{checkpoint._host()}-{2**22 + 1}-0123abcd.tmp"
+    own.touch()
+    checkpoint.save(path, {}, kind="test", version=1)
+    assert sorted(tmp_path.iterdir()) == sorted([foreign, path])
+
+
 # Reading what is not there, not whole, or not ours
 
 
@@ -280,6 +346,75 @@ def test_a_torch_file_of_others(tmp_path, contents):
     torch.save(contents, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="was not written by rsm_sampler"):
         checkpoint.load(tmp_path / "a.pt", kind="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("format", "1"), ("format", 0), ("version", True), ("library", None), ("payload", [1])],
+)
+def test_a_header_of_other_types(tmp_path, name, value):
+    good = {"magic": checkpoint.MAGIC, "format": 1, "kind": "test", "version": 1}
+    torch.save({**good, "library": "1", "payload": {}, name: value}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"a\.pt must have a header with {name} of type"):
+        checkpoint.load(tmp_path / "a.pt", kind="test")
+
+
+def test_a_schema_names_file_key_rule_and_value(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", {"a": [1, -2]}, kind="test", version=1)
+    allowed = schema.record({"a": schema.items(schema.integer(least=0))})
+    with pytest.raises(CheckpointError, match=r"a\.pt: payload\['a'\]\[1\] must be .*, got -2"):
+        checkpoint.load(tmp_path / "a.pt", kind="test", schema=allowed)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "good", "bad"),
+    [
+        (schema.integer(1, 9), [1, 9], [0, 10, True, 2.0, "1", None, 10**400]),
+        (schema.number(0.0), [0, 1.5], [-1e-9, math.nan, math.inf, True, "1", 10**400]),
+        (schema.number(finite=False, nan=True), [math.nan, -math.inf, 3], [None, "1", 10**400]),
+        (schema.number(above=0.0, most=1.0), [0.1, 1], [0, 0.0, 1.01, math.nan]),
+        (schema.flag(), [True, False], [0, 1, None]),
+        (schema.text(("a", "b")), ["a"], ["c", 1, b"a"]),
+        (schema.optional(schema.text()), [None, "c"], [0]),
+        (schema.items(schema.integer(), length=2), [[1, 2], (1, 2)], [[1], [1, "2"], "12", {}]),
+        (schema.entries(schema.integer()), [{}, {"a": 1}], [{"a": "b"}, {1: 1}, [1]]),
+        (
+            schema.record({"a": schema.flag()}, {"b": schema.flag()}),
+            [{"a": True}, {"a": True, "b": False}],
+            [{}, {"b": True}, {"a": True, "c": True}, {"a": 1}, [True]],
+        ),
+        (schema.plain, [{"a": [1, (None, "b")]}], [{"a": torch.zeros(1)}]),
+        (
+            schema.tensor(2, None, dtypes=(torch.float32,)),
+            [torch.zeros(2, 3)],
+            [
+                torch.zeros(2),
+                torch.zeros(3, 3),
+                torch.zeros(2, 3).double(),
+                torch.full((2, 3), math.inf),
+                torch.full((2, 3), math.nan),
+                1.0,
+            ],
+        ),
+        (schema.tensor(axes=0), [torch.tensor(1)], [torch.zeros(1), torch.tensor(1j)]),
+    ],
+)
+def test_schemas(allowed, good, bad):
+    for value in good:
+        allowed(value, "key")
+    for value in bad:
+        with pytest.raises(CheckpointError, match="key"):
+            allowed(value, "key")
+
+
+def test_allocations_are_bounded():
+    with schema.bounded(0):
+        torch.nn.Linear(1000, 1000)
+    with pytest.raises(CheckpointError, match=r"of shape \(100000000, 3\) is"), schema.bounded(0):
+        torch.nn.Linear(3, 10**8)
+    with pytest.raises(CheckpointError, match="more than the file holds"), schema.bounded(0):
+        for _ in range(10**6):
+            torch.zeros(1)
 
 
 def test_another_kind(tmp_path):

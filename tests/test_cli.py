@@ -202,6 +202,7 @@ def test_an_energy_that_raises_shows_where(capsys):
         (["fit", "mine:energy"], "dim must be given, 'mine:energy' does not know its own"),
         (["fit", "gm40"], "got 'gm40'; did you mean 'gmm40'"),
         (["fit", "nowhere:energy", "--dim", "2"], "name must start with a module"),
+        (["fit", "os:system", "--dim", "2"], "name must lead to a callable energy"),
         (["fit", "mine:nothing", "--dim", "2"], "has no 'nothing'"),
         (["fit", "gmm40", "--dim", "3"], "dim must be the energy's own dimension 2, got 3"),
         (["fit", "gmm40", "--budget", "10"], "budget must be at least 500 evaluations, got 10"),

@@ -1,10 +1,17 @@
 """Adapters (NumPy code, log-densities, distributions) and the registry."""
 
+import functools
 import gc
 import math
 import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +22,13 @@ from torch import distributions as dist
 
 import energies
 from energies import from_distribution, from_log_prob, from_numpy
+from rsm_sampler.target.energy import EnergyError
 
 # -- NumPy ----------------------------------------------------------------------------------------
 
 MODULE = """
 import os
+import time
 import numpy as np
 
 class Picky(Exception):
@@ -37,10 +46,22 @@ def fn(x):
         return float("nan")
     if x[0] == 105:
         return float(os.getpid())
+    if x[0] == 106:
+        time.sleep(600)
     return float((x**2).sum())
 
 def batch(x):
     return (x**2).sum(-1)
+
+def slow(x):
+    time.sleep(0.2)
+    return x[:, 0]
+
+def dies_once(path, x):
+    if x[0] == 0 and not os.path.exists(path):
+        open(path, "w").close()
+        os._exit(3)
+    return float(x.sum())
 
 def with_context(x, c):
     return float(x @ c)
@@ -180,18 +201,147 @@ def test_pool_closes_cleanly(user):
         energy(torch.ones(3, 2))
 
 
-def test_a_dead_worker_is_explained_and_replaced(user):
+def test_points_that_end_two_workers_are_refused_and_the_next_call_works(user):
     before = set(multiprocessing.active_children())
     energy = from_numpy(user.fn, vectorized=False, workers=1)
-    with pytest.raises(RuntimeError, match="a worker process ended abruptly"):
-        energy(torch.full((2, 2), 103.0))
+    points = torch.tensor([[1.0, 2.0]] * 9 + [[103.0, -7.0]])
+    with pytest.raises(EnergyError) as caught:
+        energy(points)
+    message = (
+        "two worker processes (exit code 3) at points 7 to 9 of 10, in x[0] in [1, 103], x[1]"
+    )
+    assert message in str(caught.value)
     assert energy(torch.ones(2, 2)).tolist() == [2.0, 2.0]
-    del energy  # forgotten without close
+    del energy, caught  # forgotten without close
     gc.collect()
     deadline = time.monotonic() + 10
     while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert set(multiprocessing.active_children()) <= before
+
+
+METHODS = [
+    name if name == "spawn" else pytest.param(name, marks=pytest.mark.slow)
+    for name in multiprocessing.get_all_start_methods()
+]
+# Python 3.12 says so of every process that runs threads.
+forks = pytest.mark.filterwarnings("ignore:.*use of fork.* may lead to deadlocks")
+
+
+@forks
+@pytest.mark.parametrize("start_method", METHODS)
+def test_points_of_a_worker_that_dies_once_are_tried_again(user, tmp_path, start_method):
+    """The function ends its process at the first point, unless a file says that it has."""
+    fn = functools.partial(user.dies_once, str(tmp_path / "died"))
+    with from_numpy(fn, vectorized=False, workers=2, start_method=start_method) as energy:
+        x = torch.arange(40.0).reshape(20, 2)
+        assert torch.equal(energy(x), x.sum(-1))
+        assert (tmp_path / "died").exists()
+
+
+def test_a_worker_killed_while_idle_is_replaced(user):
+    with from_numpy(user.fn, vectorized=False, workers=2) as energy:
+        ids = energy(torch.full((20, 2), 105.0, dtype=torch.float64))
+        for pid in set(ids.tolist()):
+            os.kill(int(pid), signal.SIGKILL)
+        assert energy(torch.ones(20, 2)).tolist() == [2.0] * 20
+
+
+def test_an_interrupted_call_leaves_no_answers_behind(user, monkeypatch):
+    with from_numpy(user.slow, workers=2) as energy:
+        energy(torch.zeros(2, 1))
+        hear = energy._pool._hear
+
+        def interrupted(*arguments):
+            monkeypatch.setattr(energy._pool, "_hear", hear)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(energy._pool, "_hear", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            energy(torch.tensor([[5.0], [6.0]]))
+        assert energy(torch.tensor([[1.0], [2.0]])).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_threads_share_the_workers(user):
+    with from_numpy(user.batch, workers=2) as energy, ThreadPoolExecutor(4) as threads:
+        inputs = [torch.full((3, 2), float(i)) for i in range(12)]
+        for i, value in enumerate(threads.map(energy, inputs)):
+            assert value.tolist() == [2.0 * i * i] * 3
+
+
+PARENT = """
+import sys
+import torch
+import user_energy_module as user
+from energies import from_numpy
+
+if __name__ == "__main__":
+    energy = from_numpy(user.fn, vectorized=False, workers=2, start_method=sys.argv[1])
+    ids = energy(torch.full((20, 2), 105.0, dtype=torch.float64)).tolist()
+    print(*sorted({int(i) for i in ids}), flush=True)
+    if sys.argv[2] == "busy":
+        energy(torch.full((2, 2), 106.0))  # for ten minutes
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("start_method", METHODS)
+@pytest.mark.parametrize("state", [pytest.param("idle", marks=pytest.mark.slow), "busy"])
+def test_workers_end_with_a_killed_parent(user, tmp_path, start_method, state):
+    (tmp_path / "parent.py").write_text(PARENT)
+    folders = [str(Path(user.__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, tmp_path / "parent.py", start_method, state]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True) as parent:
+        ids = [int(word) for word in parent.stdout.readline().split()]
+        assert ids and all(map(_runs, ids))
+        time.sleep(0.5)  # until they are at work
+        parent.kill()
+        deadline = time.monotonic() + 5
+        while any(map(_runs, ids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(_runs, ids))
+
+
+def _runs(pid):
+    """Whether a process runs: not gone, and not waiting for its parent to take note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_script_ends_with_its_workers(user, tmp_path):
+    """The energy is neither closed nor forgotten."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    folders = [str(Path(user.__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, tmp_path / "parent.py", "spawn", "idle"]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stderr == b""
+    assert not any(map(_runs, map(int, done.stdout.split())))
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_so(user, tmp_path):
+    text = PARENT.replace('if __name__ == "__main__":', "if True:")
+    (tmp_path / "parent.py").write_text(text)
+    folders = [str(Path(user.__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, tmp_path / "parent.py", "spawn", "idle"]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert (
+        b'could not start (exit code 1): a script needs `if __name__ == "__main__":`'
+        in done.stderr
+    )
 
 
 @pytest.mark.bad_input
@@ -320,12 +470,111 @@ def test_registry_follows_import_paths(user):
         ("no_such_module_here:x", "a module that can be imported"),
         ("energies:nothing", "has no 'nothing'"),
         ("energies:", "must look like"),
-        ("math:pi", "a callable energy"),
+        ("math:pi", "a callable energy.* got 'math:pi', which is a value 3.14"),
+        ("math:sin", "which is the built-in function sin of math"),
+        (
+            "os:system",
+            "a function written in Python or .*, got 'os:system', which is the built-in",
+        ),
+        ("os:makedirs", "which is the function makedirs of os"),
+        ("os:environ", "which is a value of type _Environ"),
+        ("os:environ.get", "which is the built-in function Mapping.get"),
+        ("os:path", "which is the module posixpath"),
+        ("numpy:exp", "of type ufunc"),
+        ("torch:sin", "built-in function"),
+        ("subprocess:Popen", "which is the class Popen, .*; give an instance"),
+        ("pathlib:Path.cwd", "give an instance"),
+        ("energies:Target", "give an instance"),
+        ("torch.nn:Linear", "options must be the arguments of what name leads to, got {} for"),
     ],
 )
 def test_registry_names_what_is_wrong(name, message):
     with pytest.raises(ValueError, match=message):
         energies.get(name)
+
+
+OWN = """
+import functools, os
+import torch
+
+class Energy:
+    def __init__(self, dim=3, context_dim=None, how="right"):
+        self.dim, self.context_dim, self.how, self.seen = dim, context_dim, how, []
+
+    def __call__(self, x, *context):
+        self.seen.append((x.shape, x.dtype, *(c.shape for c in context)))
+        if self.how == "raises":
+            raise ArithmeticError("the model broke down")
+        if self.how == "number":
+            return 1.0
+        if self.how == "single" and x.dtype != torch.float32:
+            raise TypeError("single precision only")
+        return x if self.how == "shape" else x.square().sum(-1)
+
+class Plain:
+    dim = 2
+
+class Never:
+    def __init__(self):
+        os.environ["RSM_SAMPLER_TEST_CALLED"] = "1"
+
+def function(x):
+    return x.square().sum(-1)
+
+instance, conditional, single = Energy(), Energy(2, 4), Energy(how="single")
+method, part, cached = instance.__call__, functools.partial(function), functools.cache(function)
+raises, number, shape = Energy(how="raises"), Energy(how="number"), Energy(how="shape")
+network, value, alias = torch.nn.Identity(), Plain(), os.system
+hidden = functools.partial(os.system)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_energy_module.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_energy_module", raising=False)
+    import own_energy_module
+
+    yield own_energy_module
+    del sys.modules["own_energy_module"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["instance", "function", "method", "part", "cached", "network", "conditional", "single"],
+)
+def test_functions_and_objects_are_energies(own, name):
+    assert energies.get(f"own_energy_module:{name}") == getattr(own, name)
+
+
+def test_what_knows_its_dimension_is_tried_on_two_points(own):
+    energies.get("own_energy_module:instance")
+    assert own.instance.seen == [((2, 3), torch.float64)]
+    energies.get("own_energy_module:conditional")
+    assert own.conditional.seen == [((2, 2), torch.float64, (2, 4))]
+    assert energies.get("own_energy_module:Energy", dim=5).dim == 5
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "values of shape .2,. for points .2, 3., .* raised ArithmeticError: the model"),
+        ("number", "which returned float"),
+        ("shape", r"got 'own_energy_module:shape', which returned \(2, 3\)"),
+        ("Plain", "the class Plain, .*; give an instance"),
+        ("value", "a value of type Plain"),
+        ("Never", "the class Never"),
+        ("alias", "the built-in function system"),
+        ("hidden", "the built-in function system"),
+        ("os", "the module os"),
+    ],
+)
+def test_other_things_are_no_energies(own, name, message):
+    with pytest.raises(ValueError, match=message):
+        energies.get(f"own_energy_module:{name}")
+    assert "RSM_SAMPLER_TEST_CALLED" not in os.environ
 
 
 def test_a_broken_import_inside_a_users_module_is_shown(tmp_path, monkeypatch):
