@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributions import Distribution, VonMises, constraints
 
 from energies.target import Target
+from rsm_sampler.checked import checked
 
 __all__ = [
     "DistributionTarget",
@@ -127,6 +128,7 @@ def _run_worker(offset: int, arrays: Sequence[_Array]) -> _Array | _Failure:
         return _Failure(error, traceback.format_exc())
 
 
+@checked
 class NumpyEnergy:
     r"""A NumPy function as an energy; see :func:`from_numpy`.
 
@@ -265,6 +267,7 @@ class NumpyEnergy:
         return {**self.__dict__, "_pool": None, "_owner": 0}
 
 
+@checked
 def from_numpy(
     fn: Callable[..., Any],
     *,
@@ -309,6 +312,7 @@ def from_numpy(
     )
 
 
+@checked
 class LogProbEnergy:
     """Minus a log-density; see :func:`from_log_prob`."""
 
@@ -335,6 +339,7 @@ class LogProbEnergy:
         return -log_density
 
 
+@checked
 def from_log_prob(fn: Callable[..., Tensor]) -> LogProbEnergy:
     r"""Energy from a log-density: turns the sign, and checks the shape.
 
@@ -356,6 +361,7 @@ def from_log_prob(fn: Callable[..., Tensor]) -> LogProbEnergy:
     return LogProbEnergy(fn)
 
 
+@checked
 class DistributionTarget(Target):
     r"""A `torch.distributions` object as a target; see :func:`from_distribution`.
 
@@ -427,6 +433,7 @@ class DistributionTarget(Target):
         return draws.reshape(n, self.dim).to(torch.float64)
 
 
+@checked
 def from_distribution(
     distribution: Distribution, *, name: str | None = None
 ) -> DistributionTarget:

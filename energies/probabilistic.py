@@ -19,9 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = ["NumPyroEnergy", "from_numpyro"]
 
 
+@checked
 class NumPyroEnergy:
     """The posterior of a NumPyro model as an energy; see :func:`from_numpyro`.
 
@@ -118,6 +121,7 @@ class _Differentiable(torch.autograd.Function):
         return upstream.unsqueeze(-1) * gradient, None
 
 
+@checked
 def from_numpyro(
     model: Callable[..., Any],
     *arguments: Any,  # noqa: ANN401

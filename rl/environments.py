@@ -30,6 +30,8 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
+from rsm_sampler.checked import checked
+
 __all__ = ["EnvironmentFailure", "EnvironmentSource", "Environments", "Transition", "describe"]
 
 EnvironmentSource = str | Callable[[], gym.Env] | gym.Env | VectorEnv
@@ -63,6 +65,7 @@ class Transition:
     valid: NDArray[np.bool_]
 
 
+@checked
 class Environments:
     """Copies of an environment that step together.
 
@@ -253,6 +256,7 @@ def is_environment(source: object) -> bool:
     return isinstance(source, gym.Env | VectorEnv)
 
 
+@checked
 def describe(source: EnvironmentSource) -> str:
     """A name for an environment, for run folders and messages."""
     if isinstance(source, str):

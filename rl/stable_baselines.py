@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 from rl.environments import EnvironmentSource, describe
 from rl.evaluation import checked_observation, evaluate
 from rsm_sampler import checkpoint
+from rsm_sampler.checked import checked
 from rsm_sampler.loggers import JSONLinesLogger, Logger
 
 __all__ = ["FOREIGN", "StableBaselinesAgent", "configuration", "train"]
@@ -61,6 +62,7 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+@checked
 class StableBaselinesAgent:
     """A policy of stable-baselines3, to act with.
 
@@ -181,6 +183,7 @@ class StableBaselinesAgent:
         )
 
 
+@checked
 def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """What decides a run: the arguments of the library's class, defaults included.
 
@@ -211,6 +214,7 @@ def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@checked
 def train(
     name: str,
     env: EnvironmentSource,

@@ -25,12 +25,14 @@ from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, read_about
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
+from rsm_sampler.checked import checked
 from rsm_sampler.interrupts import deferred_interrupt
 from rsm_sampler.loggers import Logger
 
 __all__ = ["load", "resume", "train", "train_seeds"]
 
 
+@checked
 def train(
     agent: str,
     env: EnvironmentSource,
@@ -123,6 +125,7 @@ def train(
     return run.agent
 
 
+@checked
 def train_seeds(
     agent: str,
     env: EnvironmentSource,
@@ -195,6 +198,7 @@ def train_seeds(
     return [run.agent for run in runs]
 
 
+@checked
 def resume(
     run_dir: str | os.PathLike[str],
     *,
@@ -251,6 +255,7 @@ def resume(
     return run.agent
 
 
+@checked
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -> AnyAgent:
     """The agent that was saved to a file. Nothing in it is executed.
 

@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 from rsm_sampler import checkpoint
 from rsm_sampler.bank.bank import Bank
 from rsm_sampler.bank.supply import Supply
+from rsm_sampler.checked import checked
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.distributed import Team
 from rsm_sampler.energy_sampler import EXACT_DENSITY, EnergySampler
@@ -93,6 +94,7 @@ class Progress:
     seconds: float
 
 
+@checked
 class EnergyDiffusionTrainer:
     r"""Trains a diffusion model on an energy, :math:`p(x) \propto \exp(-E(x))`.
 

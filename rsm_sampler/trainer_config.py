@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler import validation
 from rsm_sampler.bank.search import FEW_DIMENSIONS
+from rsm_sampler.checked import checked
 from rsm_sampler.energy_sampler import EXACT_DENSITY
 
 __all__ = ["Sizes", "TrainerConfig"]
@@ -28,6 +30,7 @@ class Sizes:
     harmonics: int
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How to train; what is None the trainer chooses by dimension and symmetry.
@@ -116,6 +119,10 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("frequencies", "harmonics"):
+            value = getattr(self, name)
+            if value is not None:
+                validation.size(name, value, least=0)
         for name in ("learning_rate", "sigma_min", "reference_scale", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -37,6 +37,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rsm_sampler.checked import checked
+
 __all__ = ["Affine", "Bounds", "Coordinates", "MeanFree", "coordinates_of"]
 
 
@@ -69,6 +71,7 @@ class Coordinates(Protocol):
         ...
 
 
+@checked
 def coordinates_of(state: dict[str, Tensor]) -> "Bounds | MeanFree":
     """The coordinates whose ``state_dict`` this is.
 
@@ -80,6 +83,7 @@ def coordinates_of(state: dict[str, Tensor]) -> "Bounds | MeanFree":
     return Bounds(state["low"], state["high"], len(state["low"]))
 
 
+@checked(infinite=("low", "high"))
 class Bounds:
     r"""One- and two-sided bounds of single coordinates, removed by a change of variable.
 
@@ -219,6 +223,7 @@ class _Limits:
         self.bounded = self.has_low | self.has_high
 
 
+@checked
 class MeanFree:
     r"""Particles without their centre of mass, in orthonormal coordinates.
 
@@ -292,6 +297,7 @@ class MeanFree:
         return self._like[key]
 
 
+@checked
 class Affine:
     r"""Location and scale, :math:`u = m + L z` with a lower triangular L.
 
@@ -328,6 +334,7 @@ class Affine:
                 f"diagonal {diagonal.tolist()}"
             )
         self.loc, self.scale_tril = loc.detach(), scale_tril.detach()
+        self.dim = len(loc)
         self.log_det = float(self.scale_tril.double().diagonal().log().sum())
         self._like: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = [
     "BudgetExceededError",
     "Energy",
@@ -49,6 +51,7 @@ class BudgetExceededError(RuntimeError):
     """A call would evaluate more points than the budget allows."""
 
 
+@checked(skip=("energy",))
 class MeteredEnergy:
     r"""An energy that is counted, checked, and kept within a budget.
 
@@ -253,6 +256,7 @@ class MeteredEnergy:
         return [0, 0, 0] if self._tally is None else self._tally.tolist()
 
 
+@checked(skip=("energy",))
 def metered(
     energy: Callable[..., Tensor] | MeteredEnergy, dim: int, *, context_dim: int | None = None
 ) -> MeteredEnergy:
@@ -273,6 +277,7 @@ def metered(
     return MeteredEnergy(energy, dim, context_dim=context_dim)
 
 
+@checked(skip=("energy",))
 def particles_of(
     energy: Callable[..., Tensor], given: tuple[int, int] | None
 ) -> tuple[int, int] | None:
@@ -286,6 +291,7 @@ def particles_of(
     return known if given is None and isinstance(known, tuple) else given
 
 
+@checked(skip=("value",))
 def well_formed(value: Tensor, points: Float[Tensor, "*batch dim"]) -> Float[Tensor, " n"]:
     """What an energy returned, if it is one number for each point.
 
