@@ -70,12 +70,13 @@ def _evaluate(
     count = len(arrays[0])
     if vectorized:
         try:
-            values = np.asarray(fn(*arrays))
+            found = fn(*arrays)
         except Exception as error:
             error.add_note(
                 f"raised by the energy function on points {offset} to {offset + count - 1}"
             )
             raise
+        values = _numbers(found, "an array of energies, one for each point")
         if values.shape != (count,):
             raise ValueError(
                 f"fn must return shape ({count},) for points of shape {arrays[0].shape},"
@@ -86,12 +87,13 @@ def _evaluate(
         rows = []
         for i, row in enumerate(zip(*arrays, strict=True)):
             try:
-                value = np.asarray(fn(*row))
+                found = fn(*row)
             except Exception as error:
                 error.add_note(
                     f"raised by the energy function at point {offset + i}: {_describe(row)}"
                 )
                 raise
+            value = _numbers(found, "one number for one point")
             if value.size != 1:
                 raise ValueError(
                     f"fn must return one number for one point, got shape {value.shape}"
@@ -101,6 +103,22 @@ def _evaluate(
     if values.dtype.kind not in "fiub":
         raise ValueError(f"fn must return real numbers, got dtype {values.dtype}")
     return values.astype(np.float64)
+
+
+def _numbers(found: object, wanted: str) -> np.ndarray:
+    """What a function returned, as an array; blobs, dictionaries and None are refused."""
+    if isinstance(found, tuple):
+        kinds = ", ".join(type(part).__name__ for part in found)
+        raise ValueError(
+            f"fn must return {wanted}, and nothing beside it, got a tuple ({kinds}); return its "
+            "first part alone"
+        )
+    if found is None or isinstance(found, dict | str | bytes):
+        raise ValueError(
+            f"fn must return {wanted}, got {type(found).__name__}; a point of weight zero has "
+            "the energy inf"
+        )
+    return np.asarray(found)
 
 
 def _describe(row: Sequence[_Array]) -> str:

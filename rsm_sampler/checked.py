@@ -37,7 +37,7 @@ _Rule = Callable[[str, Any, _Scope], Any]
 _ARRAY_LIKE = npt.ArrayLike
 # What the library's names for counts mean: the least value, and no more than memory holds.
 _COUNTS: dict[str, int] = {
-    **dict.fromkeys(("n", "context_dim", "sample_shape", "antithetic_pairs"), 0),
+    **dict.fromkeys(("n", "frequencies", "harmonics", "context_dim", "sample_shape"), 0),
     **dict.fromkeys(
         ("dim", "observation_dim", "action_dim", "num_particles", "space_dim", "size", "width"), 1
     ),
@@ -52,13 +52,15 @@ _COUNTS: dict[str, int] = {
     ),
     **dict.fromkeys(("round_draws", "check_draws", "bank_contexts", "pilot", "order", "seeds"), 1),
     **dict.fromkeys(("num_projections", "resolution", "radial", "vectors", "rows", "columns"), 1),
-    **dict.fromkeys(("num_contexts", "episodes", "jobs", "resampled", "draws", "keep"), 1),
+    **dict.fromkeys(
+        ("num_contexts", "episodes", "jobs", "inputs", "resampled", "draws", "keep"), 1
+    ),
 }
 # Counts of what is done again and again: any patience is allowed.
 _LEAST: dict[str, int] = {
     **dict.fromkeys(("burn_in", "workers"), 0),
     **dict.fromkeys(("thinning", "chunk", "iterations", "updates", "steps_per_cycle"), 1),
-    **dict.fromkeys(("max_cycles", "max_epochs", "evaluations", "max_boxes", "n_step"), 1),
+    **dict.fromkeys(("max_cycles", "max_epochs", "evaluations", "max_boxes", "max_points"), 1),
     **dict.fromkeys(("witness_evaluations", "total_steps"), 1),
 }
 _ABOVE: dict[str, float] = dict.fromkeys(

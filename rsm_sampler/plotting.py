@@ -51,7 +51,7 @@ _EXACT, _MODEL, _LINE = "0.25", "tab:blue", "tab:orange"
 _PAPER_WHITE = 0.15  # the palest density shown differs from the background by this much
 
 
-@checked
+@checked(above={"size": 0})
 def new_figure(
     rows: int = 1, columns: int = 1, *, size: float = 3.0
 ) -> "tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]":
@@ -272,6 +272,8 @@ def plot_marginal(
     Raises:
         ValueError: If the coordinate does not exist or there are no finite samples.
     """
+    if isinstance(exact, Tensor) and exact.dim() < 1:
+        raise ValueError(f"exact must be draws or a function, got {exact}")
     if samples.dim() != 2 or not 0 <= coordinate < samples.shape[-1]:
         raise ValueError(
             f"coordinate must be one of samples of shape (n, dim), got {coordinate} for "
@@ -381,6 +383,8 @@ def plot_training(
     Raises:
         ValueError: If no record has both values.
     """
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise TypeError(f"history must be a sequence of records, got {history!r}")
     pairs = [
         (record[against], record[key])
         for record in history
@@ -404,7 +408,7 @@ def plot_training(
     return ax
 
 
-@checked
+@checked(above={"size": 0})
 def plot_panels(
     panels: Mapping[str, Float[Tensor, "_ 2"]],
     *,

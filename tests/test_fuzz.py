@@ -48,7 +48,8 @@ FORMULAS = (
     "rsm_sampler.networks.", "rsm_sampler.proposals.", "rsm_sampler.schedules.",
     "rsm_sampler.target.", "rsm_sampler.transitions.", "rsm_sampler.baselines.spline_flow.",
     "rsm_sampler.baselines.standard.", "rsm_sampler.baselines.flow_bootstrap.fab_loss",
-    "rsm_sampler.baselines.denoising_energy_matching.idem_score",
+    "rsm_sampler.baselines.denoising_energy_matching.idem_score", "rsm_sampler.montecarlo.markov.",
+    "rsm_sampler.plotting.",  # says how many draws are not finite, and leaves them out
 )  # fmt: skip
 
 
@@ -70,8 +71,8 @@ def limited(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def bad_values(call, name, hint, valid):
-    """Values that cannot be meant for an argument of this name, annotation and valid value."""
+def bad_values(call, name, hint, given):
+    """Values that cannot be meant for an argument of this name, annotation."""
     kinds = table.kinds_of(hint)
     if not kinds or kinds & {"any", "other"}:
         return []
@@ -113,15 +114,15 @@ def bad_values(call, name, hint, valid):
     if "sequence" in kinds and not numbers:
         bad += [("a number", 3), ("text", "ab")]
     if "tensor" in kinds:
-        bad += bad_tensors(call, name, hint, valid)
+        bad += bad_tensors(call, name, hint, given)
     if call.name.startswith(FORMULAS) and call.kind != "constructor":
         bad = [(what, value) for what, value in bad if what != "a NaN entry"]
     return bad
 
 
-def bad_tensors(call, name, hint, valid):
+def bad_tensors(call, name, hint, given):
     part = next((p for p in table.parts_of(hint) if table.is_tensor(p)), None)
-    like = valid if isinstance(valid, Tensor) else None
+    like = given.get(name) if isinstance(given.get(name), Tensor) else None
     if like is None and part is not None:
         like = table.tensor_like(part)
     if like is None:
@@ -147,12 +148,12 @@ def bad_tensors(call, name, hint, valid):
     fixed = [axis for axis in axes if not axis.startswith("*") and axis != "..."]
     if fixed and "float" not in table.kinds_of(hint) and like.dim():
         bad.append(("no axes", torch.zeros((), dtype=like.dtype)))
-    if fixed and is_fixed(call, name, fixed[-1]):
+    if fixed and is_fixed(call, name, fixed[-1], given):
         bad.append(("a column too many", torch.cat([like, like[..., :1]], -1)))
     return bad
 
 
-def is_fixed(call, name, axis):
+def is_fixed(call, name, axis, valid):
     """Whether another argument, or the object, says how long an axis is."""
     if not axis.isidentifier():
         return False
@@ -161,7 +162,7 @@ def is_fixed(call, name, axis):
     return any(
         table.is_tensor(part) and axis in part.dim_str.replace("#", "").split()
         for other in call.parameters
-        if other.name != name and other.default is other.empty
+        if other.name != name and isinstance(valid.get(other.name), Tensor)
         for part in table.parts_of(call.hints[other.name])
     )
 
@@ -194,7 +195,7 @@ def cases():
         valid = call.make()[1]
         for parameter in call.parameters:
             hint = call.hints.get(parameter.name)
-            bad = bad_values(call, parameter.name, hint, valid.get(parameter.name))
+            bad = bad_values(call, parameter.name, hint, valid)
             for what, value in bad:
                 yield call, parameter.name, what, value
 

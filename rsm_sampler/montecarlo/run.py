@@ -95,7 +95,7 @@ class MCMCResult:
     swap_acceptance: Tensor | None = None
 
 
-@checked
+@checked(least={"num_leapfrog": 1})
 def run_mcmc(
     energy: Energy | MeteredEnergy,
     x_0: Float[Tensor, "chains dim"],
@@ -288,7 +288,7 @@ class RefineResult:
     evaluations: int
 
 
-@checked
+@checked(least={"num_leapfrog": 1})
 def refine(
     energy: Energy | MeteredEnergy,
     x: Float[Tensor, "n dim"],
