@@ -67,7 +67,7 @@ class Curve:
     updates: float = math.nan
 
 
-@checked
+@checked(skip=("__init__",))
 @dataclass(frozen=True)
 class Comparison:
     """The runs of a grid.

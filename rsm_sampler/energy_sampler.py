@@ -51,7 +51,7 @@ _SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 
-@checked
+@checked(skip=("__init__",))
 @dataclass(frozen=True)
 class WeightedDraws:
     """Draws of a sampler with their importance log-weights.
@@ -143,7 +143,7 @@ def _one_chain(values: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: value.detach().cpu().numpy()[None] for name, value in values.items()}
 
 
-@checked(finite=("x",))
+@checked(finite=("x",), skip=("__init__",))
 @dataclass
 class EnergySampler:
     """Independent draws of a learned law, and its log-density.

@@ -94,7 +94,7 @@ class Progress:
     seconds: float
 
 
-@checked(skip=("energy", "bounds"))
+@checked(skip=("energy", "bounds"), above={"scale": 0})
 class EnergyDiffusionTrainer:
     r"""Trains a diffusion model on an energy, :math:`p(x) \propto \exp(-E(x))`.
 

@@ -30,7 +30,10 @@ class Sizes:
     harmonics: int
 
 
-@checked
+_POSITIVE = ("learning_rate", "sigma_min", "reference_scale", "bandwidth")
+
+
+@checked(above=dict.fromkeys(_POSITIVE, 0))
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How to train; what is None the trainer chooses by dimension and symmetry.
@@ -123,7 +126,7 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None:
                 validation.size(name, value, least=0)
-        for name in ("learning_rate", "sigma_min", "reference_scale", "bandwidth"):
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.sigma_max > self.sigma_min:

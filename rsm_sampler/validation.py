@@ -168,7 +168,7 @@ def number(
         >>> number("scale", float("nan"), above=0)
         Traceback (most recent call last):
             ...
-        ValueError: scale must be a finite number, got nan
+        ValueError: scale must be positive, got nan
     """
     if type(value) is not float and type(value) is not int:
         known = isinstance(value, int | float | np.integer | np.floating)
@@ -180,9 +180,7 @@ def number(
         as_float = float(real)
     except OverflowError:
         raise ValueError(f"{name} must be a finite number, got {said(value)}") from None
-    if as_float != as_float or (finite and math.isinf(as_float)):
-        rule = "a finite number" if finite else "a number"
-        raise ValueError(f"{name} must be {rule}, got {value}")
+    # NaN fails each of the comparisons.
     if above is not None and not real > above:
         rule = "positive" if above == 0 else f"above {above}"
         raise ValueError(f"{name} must be {rule}, got {value}")
@@ -192,6 +190,9 @@ def number(
         raise ValueError(f"{name} must be below {below}, got {value}")
     if most is not None and not real <= most:
         raise ValueError(f"{name} must be at most {most}, got {value}")
+    if as_float != as_float or (finite and math.isinf(as_float)):
+        rule = "a finite number" if finite else "a number"
+        raise ValueError(f"{name} must be {rule}, got {value}")
     return real
 
 
@@ -327,15 +328,11 @@ def device(name: str, value: object, *, auto: bool = True) -> str | torch.device
         return "auto"
     try:
         found = torch.device(value)
+        here = found.type != "cuda" or (found.index or 0) < torch.cuda.device_count()
     except RuntimeError:
-        raise ValueError(
-            f"{name} must be a device such as 'cpu' or 'cuda', got {said(value)}"
-        ) from None
-    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
-        raise ValueError(
-            f"{name} must be one of this machine's devices, which has "
-            f"{torch.cuda.device_count()} GPUs, got {said(value)}"
-        )
+        here = False
+    if not here:
+        raise ValueError(f"{name} must be available on this machine, got {said(value)}")
     return value
 
 

@@ -141,6 +141,7 @@ EXEMPT: dict[str, str] = {
     "rsm_sampler.validation.": "the checks themselves; see test_validation.py",
     "rsm_sampler.checked.": "the checks themselves; see test_validation.py",
     "rsm_sampler.target.coordinates.coordinates_of": "a state that a checkpoint holds",
+    "rsm_sampler.target.energy.MeteredEnergy.check": "called by the search",
     "rsm_sampler.target.energy.particles_of": "reads an attribute, whatever the energy is",
     "rsm_sampler.target.energy.well_formed": "checks what an energy returned",
     "energies.particles.ParticleTarget.pair_energy": "what a subclass brings",
@@ -601,6 +602,7 @@ for schedule in ("DiscreteSchedule", "Geometric", "EDM"):
     )
 for schedule in ("EDM", "Geometric"):
     arguments_of(f"rsm_sampler.schedules.{schedule}.__init__", sigma_min=0.01, sigma_max=10.0)
+arguments_of("rsm_sampler.target.coordinates.bounds_of", given=lambda: (0.0, 1.0))
 arguments_of("rsm_sampler.schedules.Schedule.sigma", t=0.5)
 arguments_of("rsm_sampler.schedules.Schedule.alpha_bar", t=0.5)
 arguments_of("rsm_sampler.schedules.Schedule.time", sigma=0.5)

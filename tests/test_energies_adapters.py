@@ -199,7 +199,7 @@ def test_a_dead_worker_is_explained_and_replaced(user):
     ("make", "message"),
     [
         (lambda: from_numpy(3), "fn must be callable, got 3"),
-        (lambda: from_numpy(np.sum, workers=-1), "workers must not be negative, got -1"),
+        (lambda: from_numpy(np.sum, workers=-1), "workers must be at least 0, got -1"),
         (lambda: from_numpy(lambda x: x, workers=2), "fn must be picklable when workers > 0"),
         (lambda: from_numpy(np.sum, start_method="thread"), "start_method must be one of"),
         (lambda: from_numpy(lambda x: x)(torch.zeros(3, 2)), r"fn must return shape \(3,\)"),
@@ -333,3 +333,17 @@ def test_a_broken_import_inside_a_users_module_is_shown(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
         energies.get("broken_energy_module:energy")
+
+
+@pytest.mark.parametrize(
+    ("fn", "vectorized", "message"),
+    [
+        (lambda x: (x[:, 0], x[:, 1]), True, r"nothing beside it, got a tuple \(ndarray, nd"),
+        (lambda x: (x[0], x[1]), False, "fn must return one number for one point, and nothing"),
+        (lambda x: {"logp": x[:, 0]}, True, "fn must return an array of energies, .* got dict"),
+        (lambda x: None, False, "fn must return one number for one point, got NoneType"),
+    ],
+)
+def test_blobs_and_nothing_are_refused(fn, vectorized, message):
+    with pytest.raises(ValueError, match=message):
+        from_numpy(fn, vectorized=vectorized)(torch.zeros(3, 2))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rsm_sampler.target.coordinates import Affine, Bounds
+from rsm_sampler.target.coordinates import Affine, Bounds, bounds_of
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64
@@ -205,3 +205,46 @@ def test_affine_takes_the_precision_of_the_points():
     assert torch.equal(again.forward(z), map_.forward(z)) and again.log_det == map_.log_det
     with NoReadBack():
         map_.inverse(map_.forward(z))
+
+
+@pytest.mark.parametrize(
+    ("given", "low", "high"),
+    [
+        ((0.0, 1.0), [0, 0], [1, 1]),
+        ((0.0, [1.0, 2.0]), [0, 0], [1, 2]),
+        (([0.0, 1.0], [2.0, 3.0]), [0, 1], [2, 3]),
+        ((torch.zeros(2), torch.ones(2)), [0, 0], [1, 1]),
+        ([(-5.0, 5.0), (0.0, 1.0)], [-5, 0], [5, 1]),  # as (low, high) it would be no box
+        ([(1.0, 0.0), (3.0, 2.0)], [1, 0], [3, 2]),  # as pairs it would be none
+        ([(0.0, None), (2.0, 3.0)], [0, 2], [math.inf, 3]),
+        ([(0.0, 1.0), (2.0, 3.0), (4.0, 5.0)], [0, 2, 4], [1, 3, 5]),
+        (torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]), [0, 2, 4], [1, 3, 5]),
+        ([(0.0, 1.0)], [0], [1]),
+        (None, [-math.inf], [math.inf]),
+    ],
+)
+def test_bounds_come_in_two_forms(given, low, high):
+    bounds = bounds_of(given, len(low))
+    assert (bounds.low.tolist(), bounds.high.tolist()) == (low, high)
+
+
+def test_bounds_keep_double_precision():
+    assert bounds_of(([2450000.123, 0.1], [2450001.0, 1.0]), 2).low.tolist() == [2450000.123, 0.1]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("given", "dim", "message"),
+    [
+        ([(0.0, 1.0), (2.0, 3.0)], 2, r"write \(\[0.0, 1.0\], \[2.0, 3.0\]\).*\[0.0, 2.0\], \[1"),
+        ([[0.0, 1.0], [2.0, 3.0]], 2, "bounds must have one meaning"),
+        (([0, 0], [1]), 2, r"high must be a number or 2 numbers, got shape \(1,\)"),
+        ((0.0,), 3, r"bounds must be \(low, high\), .* or a list of 3 pairs .*, got \(0.0,\)"),
+        ("ab", 2, "bounds must be .*, got 'ab'"),
+        (3.0, 2, "bounds must be .*, got 3.0"),
+        ((1.0, 0.0), 2, "bounds must have low below high"),
+    ],
+)
+def test_bounds_of_no_or_two_meanings_are_refused(given, dim, message):
+    with pytest.raises(ValueError, match=message):
+        bounds_of(given, dim)

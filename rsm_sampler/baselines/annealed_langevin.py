@@ -34,7 +34,7 @@ from rsm_sampler.target.energy import MeteredEnergy, metered
 __all__ = ["ChainSampler", "langevin"]
 
 
-@checked
+@checked(skip=("__init__",))
 @dataclass
 class ChainSampler:
     """Chains that are run anew for every call, and counted.
@@ -109,7 +109,7 @@ class ChainSampler:
         return torch.cat(kept)[-n:]
 
 
-@checked
+@checked(skip=("energy",), above={"scale": 0})
 def langevin(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,

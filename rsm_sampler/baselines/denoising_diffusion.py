@@ -23,7 +23,7 @@ from rsm_sampler.trainer_config import TrainerConfig
 __all__ = ["ddpm"]
 
 
-@checked
+@checked(skip=("energy",), above={"scale": 0})
 def ddpm(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,

@@ -153,7 +153,7 @@ def idem_score(
     return ScoreEstimate(_clipped(found.score, score_clip), found.ess, found.log_mean_weight)
 
 
-@checked
+@checked(skip=("energy",), above={"scale": 0})
 def idem(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,

@@ -154,7 +154,7 @@ def fab_loss(
     return -torch.where(weight > 0, weight * log_prob, 0.0).sum()
 
 
-@checked(finite=("x",))
+@checked(finite=("x",), skip=("__init__",))
 @dataclass
 class FlowSampler:
     """Independent draws of a flow, with their density.
@@ -244,7 +244,7 @@ class FlowSampler:
         return WeightedDraws(x, -value - log_prob, value, log_prob)
 
 
-@checked
+@checked(skip=("energy",), above={"scale": 0})
 def fab(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,

@@ -20,7 +20,7 @@ from rsm_sampler.target.energy import MeteredEnergy, metered, particles_of
 __all__ = ["StandardEnergy", "location"]
 
 
-@checked
+@checked(skip=("energy",), above={"scale": 0})
 class StandardEnergy:
     r"""The energy :math:`E(m + s B z)`, each call of which takes a gradient as well.
 

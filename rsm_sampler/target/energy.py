@@ -51,7 +51,7 @@ class BudgetExceededError(RuntimeError):
     """A call would evaluate more points than the budget allows."""
 
 
-@checked(skip=("energy",))
+@checked(skip=("energy", "check"))
 class MeteredEnergy:
     r"""An energy that is counted, checked, and kept within a budget.
 

@@ -102,7 +102,7 @@ class Examinable(Protocol):
         ...
 
 
-@checked
+@checked(skip=("__init__",))
 @dataclass(frozen=True)
 class Diagnosis:
     """The verdict and what it rests on; print it.
