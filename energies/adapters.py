@@ -35,6 +35,7 @@ from torch.distributions import Distribution, VonMises, constraints
 
 from energies.target import Target
 from energies.workers import StartError, WorkerError, Workers
+from rsm_sampler.checked import checked
 from rsm_sampler.target.energy import EnergyError
 
 __all__ = [
@@ -69,12 +70,13 @@ def _evaluate(
     count = len(arrays[0])
     if vectorized:
         try:
-            values = np.asarray(fn(*arrays))
+            found = fn(*arrays)
         except Exception as error:
             error.add_note(
                 f"raised by the energy function on points {offset} to {offset + count - 1}"
             )
             raise
+        values = _numbers(found, "an array of energies, one for each point")
         if values.shape != (count,):
             raise ValueError(
                 f"fn must return shape ({count},) for points of shape {arrays[0].shape},"
@@ -85,12 +87,13 @@ def _evaluate(
         rows = []
         for i, row in enumerate(zip(*arrays, strict=True)):
             try:
-                value = np.asarray(fn(*row))
+                found = fn(*row)
             except Exception as error:
                 error.add_note(
                     f"raised by the energy function at point {offset + i}: {_describe(row)}"
                 )
                 raise
+            value = _numbers(found, "one number for one point")
             if value.size != 1:
                 raise ValueError(
                     f"fn must return one number for one point, got shape {value.shape}"
@@ -100,6 +103,22 @@ def _evaluate(
     if values.dtype.kind not in "fiub":
         raise ValueError(f"fn must return real numbers, got dtype {values.dtype}")
     return values.astype(np.float64)
+
+
+def _numbers(found: object, wanted: str) -> np.ndarray:
+    """What a function returned, as an array; blobs, dictionaries and None are refused."""
+    if isinstance(found, tuple):
+        kinds = ", ".join(type(part).__name__ for part in found)
+        raise ValueError(
+            f"fn must return {wanted}, and nothing beside it, got a tuple ({kinds}); return its "
+            "first part alone"
+        )
+    if found is None or isinstance(found, dict | str | bytes):
+        raise ValueError(
+            f"fn must return {wanted}, got {type(found).__name__}; a point of weight zero has "
+            "the energy inf"
+        )
+    return np.asarray(found)
 
 
 def _describe(row: Sequence[_Array]) -> str:
@@ -148,6 +167,7 @@ def _ending(code: int | None) -> str:
     return f"exit code {code}: killed by {name}{memory}"
 
 
+@checked
 class NumpyEnergy:
     r"""A NumPy function as an energy; see :func:`from_numpy`.
 
@@ -279,6 +299,7 @@ class NumpyEnergy:
         return {**self.__dict__, "_pool": None, "_owner": 0}
 
 
+@checked
 def from_numpy(
     fn: Callable[..., Any],
     *,
@@ -325,6 +346,7 @@ def from_numpy(
     )
 
 
+@checked
 class LogProbEnergy:
     """Minus a log-density; see :func:`from_log_prob`."""
 
@@ -351,6 +373,7 @@ class LogProbEnergy:
         return -log_density
 
 
+@checked
 def from_log_prob(fn: Callable[..., Tensor]) -> LogProbEnergy:
     r"""Energy from a log-density: turns the sign, and checks the shape.
 
@@ -372,6 +395,7 @@ def from_log_prob(fn: Callable[..., Tensor]) -> LogProbEnergy:
     return LogProbEnergy(fn)
 
 
+@checked
 class DistributionTarget(Target):
     r"""A `torch.distributions` object as a target; see :func:`from_distribution`.
 
@@ -443,6 +467,7 @@ class DistributionTarget(Target):
         return draws.reshape(n, self.dim).to(torch.float64)
 
 
+@checked
 def from_distribution(
     distribution: Distribution, *, name: str | None = None
 ) -> DistributionTarget:

@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.run import run_mcmc
 
 __all__ = ["long_chains"]
 
 
+@checked(finite=("start",))
 def long_chains(
     energy: Callable[[Tensor], Tensor],
     start: Float[Tensor, "chains dim"],

@@ -31,10 +31,12 @@ from torch import Tensor
 
 from energies.gaussian_mixture import GaussianMixture, _denoise, _log_parts, _score, _widen
 from energies.target import Constants
+from rsm_sampler.checked import checked
 
 __all__ = ["ConditionalMixture"]
 
 
+@checked
 class ConditionalMixture:
     r"""Posterior of a Gaussian-mixture prior under a linear observation, as :math:`E(x, c)`.
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from energies.quadrature import GridRejection
 from energies.target import Constants, Target
+from rsm_sampler.checked import checked
 
 __all__ = ["DecayPosterior", "decay_energy"]
 
@@ -35,6 +36,7 @@ MEASURED = np.array(
 )
 
 
+@checked
 def decay_energy(theta: npt.NDArray[np.float64]) -> float:
     r"""Minus the log of likelihood times prior, without their constants, at one point.
 
@@ -53,6 +55,7 @@ def decay_energy(theta: npt.NDArray[np.float64]) -> float:
     return float(0.5 * np.sum(((MEASURED - fitted) / NOISE) ** 2) + 0.5 * np.sum(theta**2))
 
 
+@checked
 class DecayPosterior(Target):
     r"""Posterior of two decay rates, bimodal by symmetry, with everything known by quadrature.
 

@@ -18,10 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from energies.target import Target
+from rsm_sampler.checked import checked
 
 __all__ = ["Funnel"]
 
 
+@checked
 class Funnel(Target):
     r"""Neal's funnel, with exact draws and :math:`\log Z = 0`.
 

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from energies.target import Constants, Target
+from rsm_sampler.checked import checked
 
 __all__ = ["GaussianMixture"]
 
@@ -89,6 +90,7 @@ def _denoise(
     return (share.unsqueeze(-1) * mean).sum(-2)
 
 
+@checked
 class GaussianMixture(Target):
     r"""Mixture of Gaussians, normalised, with its noised laws.
 

@@ -27,6 +27,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from rsm_sampler.checked import checked
+
 __all__ = ["hare_lynx_energy"]
 
 _Array = npt.NDArray[np.float64]
@@ -43,6 +45,7 @@ LYNXES = np.array(
 _STEPS = 20  # of the integrator in a year
 
 
+@checked
 def hare_lynx_energy(theta: npt.ArrayLike) -> _Array:
     r"""Minus the log of likelihood times priors, for many parameter vectors at once.
 

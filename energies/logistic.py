@@ -19,10 +19,12 @@ from torch import Tensor
 
 from energies.chains import long_chains
 from energies.target import Constants, Target
+from rsm_sampler.checked import checked
 
 __all__ = ["LogisticRegression"]
 
 
+@checked(finite=("features",))
 class LogisticRegression(Target):
     """Posterior of the weights of a logistic regression.
 

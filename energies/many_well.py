@@ -36,6 +36,7 @@ from torch import Tensor
 
 from energies.quadrature import InverseCDF
 from energies.target import Target
+from rsm_sampler.checked import checked
 
 __all__ = ["ManyWell", "SymmetricManyWell"]
 
@@ -47,6 +48,7 @@ def _well_energy(a: Tensor) -> Tensor:
     return -0.5 * a + square * (square - 6)
 
 
+@checked
 class ManyWell(Target):
     r"""Independent pairs of a tilted double well and a standard normal variable.
 
@@ -147,6 +149,7 @@ class ManyWell(Target):
         return torch.stack([self._table(u), noise], -1).flatten(-2)
 
 
+@checked
 class SymmetricManyWell(Target):
     r"""m equal double wells among normal coordinates.
 

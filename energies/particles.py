@@ -39,11 +39,13 @@ from torch import Tensor
 from energies.chains import long_chains
 from energies.quadrature import InverseCDF
 from energies.target import Target
+from rsm_sampler.checked import checked
 from rsm_sampler.target.coordinates import MeanFree
 
 __all__ = ["DoubleWellCluster", "LennardJones", "ParticleTarget"]
 
 
+@checked
 class ParticleTarget(Target):
     """An energy of particles that depends on their distances alone.
 
@@ -184,6 +186,7 @@ def _double_well(square: Tensor) -> Tensor:
     return shifted * (0.9 * shifted - 4.0)
 
 
+@checked
 class DoubleWellCluster(ParticleTarget):
     r"""Four particles in the plane whose pairs like two distances (DW4).
 
@@ -269,6 +272,7 @@ class DoubleWellCluster(ParticleTarget):
         return (points - points.mean(1, keepdim=True)).flatten(1).to(device)
 
 
+@checked
 class LennardJones(ParticleTarget):
     r"""A Lennard-Jones droplet, tethered to its centre of mass (LJ13, LJ55).
 

@@ -11,6 +11,7 @@ own densities leave out (NumPyro leaves out none).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = ["NumPyroEnergy", "from_numpyro"]
 
 
+@checked
 class NumPyroEnergy:
     """The posterior of a NumPyro model as an energy; see :func:`from_numpyro`.
 
@@ -41,10 +45,16 @@ class NumPyroEnergy:
             raise ImportError(
                 "from_numpyro needs numpyro: pip install 'rsm-sampler[numpyro]'", name="numpyro"
             ) from error
-        if not callable(model):
-            raise ValueError(f"model must be callable, got {model!r}")
+        try:
+            inspect.signature(model).bind(*arguments, **options)
+        except TypeError as error:
+            raise TypeError(
+                f"arguments must be those of the model {inspect.signature(model)}, got "
+                f"{len(arguments)} by position and {sorted(options)} by name: {error}"
+            ) from None
         self._jax = jax
         with jax.enable_x64(True):
+            _check_sites(model, arguments, options, seed)
             found = initialize_model(
                 jax.random.PRNGKey(seed), model, model_args=arguments, model_kwargs=options
             )
@@ -102,6 +112,34 @@ class NumPyroEnergy:
         )
 
 
+def _check_sites(
+    model: Callable[..., Any], arguments: tuple, options: dict[str, Any], seed: int
+) -> None:
+    """Refuse models whose energy is no function of continuous coordinates alone."""
+    from numpyro import handlers
+
+    sites = handlers.trace(handlers.seed(model, seed)).get_trace(*arguments, **options)
+    for name, site in sites.items():
+        if site["type"] == "param":
+            raise ValueError(
+                f"model must have no parameters to be optimised, got numpyro.param {name!r}; give "
+                "it a prior with numpyro.sample, or pass its value as an argument"
+            )
+        if site["type"] == "plate":
+            size, subsample = site["args"]
+            if subsample is not None and subsample < size:
+                raise ValueError(
+                    "model must use all of its data in every call, got a plate "
+                    f"{name!r} with subsample_size {subsample} of {size}"
+                )
+        latent = site["type"] == "sample" and not site["is_observed"]
+        if latent and getattr(site["fn"].support, "is_discrete", False):
+            raise ValueError(
+                "model must have continuous latent variables alone, got the discrete one "
+                f"{name!r}; sum over its values in the model"
+            )
+
+
 class _Differentiable(torch.autograd.Function):
     """The energy with JAX's gradient."""
 
@@ -118,6 +156,7 @@ class _Differentiable(torch.autograd.Function):
         return upstream.unsqueeze(-1) * gradient, None
 
 
+@checked
 def from_numpyro(
     model: Callable[..., Any],
     *arguments: Any,  # noqa: ANN401

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = ["GridRejection", "InverseCDF", "integrate_cells"]
 
 _CHUNK = 1 << 18
@@ -41,6 +43,7 @@ def _rule(order: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
 
 
+@checked
 class InverseCDF:
     r"""Tabulated distribution of one variable, from its unnormalised log-density.
 
@@ -130,6 +133,7 @@ def _pieces(edges: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor]:
     return edges[:-1][owner] + rank * step, step, owner
 
 
+@checked
 def integrate_cells(
     density: Callable[[Tensor], Tensor],
     edges: Sequence[Tensor],
@@ -214,6 +218,7 @@ def integrate_cells(
     return result.reshape(shape)
 
 
+@checked
 class GridRejection:
     r"""Exact draws from a smooth density in the plane, from a histogram of upper bounds.
 

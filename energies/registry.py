@@ -34,6 +34,7 @@ from energies.particles import DoubleWellCluster, LennardJones
 from energies.rings import Rings
 from energies.student_t import StudentT
 from energies.two_moons import TwoMoons
+from rsm_sampler.checked import checked
 
 __all__ = ["get", "names"]
 
@@ -86,6 +87,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_TARGETS))
 
 
+@checked
 def get(name: str, **options: Any) -> Any:  # noqa: ANN401
     """Target of that name, or whatever an import path leads to.
 

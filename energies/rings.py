@@ -20,10 +20,12 @@ from torch import Tensor
 
 from energies.quadrature import InverseCDF
 from energies.target import Target
+from rsm_sampler.checked import checked
 
 __all__ = ["Rings"]
 
 
+@checked
 class Rings(Target):
     r"""Concentric rings in the plane.
 

@@ -28,10 +28,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from energies.target import Target
+from rsm_sampler.checked import checked
 
 __all__ = ["StudentT"]
 
 
+@checked
 class StudentT(Target):
     r"""Student's t in any dimension; the moments of order `df` and above do not exist.
 

@@ -24,10 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from energies.quadrature import integrate_cells
+from rsm_sampler.checked import checked
 
 __all__ = ["AffineTarget", "Constants", "Target"]
 
 
+@checked
 class Constants:
     """Named float64 tensors, handed out in the dtype and on the device of an argument.
 
@@ -63,6 +65,7 @@ def _as_vector(name: str, value: float | Sequence[float] | Tensor, dim: int) -> 
     return vector.expand(dim).clone()
 
 
+@checked
 class Target(ABC):
     r"""An energy with a known answer.
 
@@ -263,6 +266,7 @@ class Target(ABC):
         return edges
 
 
+@checked
 class AffineTarget(Target):
     r"""A target in other units: the law of :math:`y = m + s x` with :math:`x` from `base`.
 

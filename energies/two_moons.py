@@ -20,12 +20,14 @@ from torch import Tensor
 
 from energies.quadrature import GridRejection, InverseCDF
 from energies.target import Target
+from rsm_sampler.checked import checked
 
 __all__ = ["TwoMoons"]
 
 _RADIUS, _WIDTH, _CUT = 2.0, 0.2, 0.3
 
 
+@checked
 class TwoMoons(Target):
     r"""Two moons in the plane, facing each other, with equal weight.
 

@@ -35,6 +35,7 @@ from rl.run import AGENTS, RunProgress
 from rl.sdac import SDAC, SDACConfig
 from rl.stable_baselines import StableBaselinesAgent
 from rl.training import load, resume, train, train_seeds
+from rsm_sampler.checked import checked
 
 __all__ = [
     "AGENTS",
@@ -81,6 +82,7 @@ __all__ = [
 ]
 
 
+@checked
 def train_sdac(env: EnvironmentSource, *, total_steps: int, **options: Any) -> SDAC:  # noqa: ANN401
     """Train soft diffusion actor-critic.
 
@@ -101,6 +103,7 @@ def train_sdac(env: EnvironmentSource, *, total_steps: int, **options: Any) -> S
     return agent
 
 
+@checked
 def train_dpmd(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DPMD:  # noqa: ANN401
     """Train diffusion policy mirror descent.
 
@@ -121,6 +124,7 @@ def train_dpmd(env: EnvironmentSource, *, total_steps: int, **options: Any) -> D
     return agent
 
 
+@checked
 def train_qsm(env: EnvironmentSource, *, total_steps: int, **options: Any) -> QSM:  # noqa: ANN401
     """Train Q-score matching.
 
@@ -141,6 +145,7 @@ def train_qsm(env: EnvironmentSource, *, total_steps: int, **options: Any) -> QS
     return agent
 
 
+@checked
 def train_dipo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DIPO:  # noqa: ANN401
     """Train a diffusion policy on actions that are moved uphill in the replay.
 
@@ -161,6 +166,7 @@ def train_dipo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> D
     return agent
 
 
+@checked
 def train_dacer(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DACER:  # noqa: ANN401
     """Train diffusion actor-critic with entropy regulator, back through the chain.
 
@@ -181,6 +187,7 @@ def train_dacer(env: EnvironmentSource, *, total_steps: int, **options: Any) -> 
     return agent
 
 
+@checked
 def train_qvpo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> QVPO:  # noqa: ANN401
     """Train Q-weighted variational policy optimisation.
 
@@ -201,6 +208,7 @@ def train_qvpo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> Q
     return agent
 
 
+@checked
 def train_dppo(env: EnvironmentSource, *, total_steps: int, **options: Any) -> DPPO:  # noqa: ANN401
     """Train diffusion policy policy optimisation, on-policy.
 

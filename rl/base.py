@@ -18,6 +18,7 @@ from rl.evaluation import checked_observation
 from rl.graphs import Captured
 from rl.replay import ReplayBuffer
 from rsm_sampler import checkpoint
+from rsm_sampler.checked import checked
 from rsm_sampler.schema import (
     GENERATOR,
     anything,
@@ -62,6 +63,7 @@ _LARGE_BLOCK = 31 << 20  # bytes; glibc follows up to 32 MiB
 _A = TypeVar("_A", bound="BaseAgent")
 
 
+@checked
 class RunningMoments(nn.Module):
     """Mean and variance of all observations so far, to standardise them.
 
@@ -75,6 +77,7 @@ class RunningMoments(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.dim = dim
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -96,6 +99,7 @@ class RunningMoments(nn.Module):
         return y.to(x.dtype).clamp(-10.0, 10.0)
 
 
+@checked
 class BaseAgent(ABC):
     """Base of all agents.
 
@@ -471,6 +475,7 @@ def check_sizes(state: dict[str, Any], config: AgentConfig) -> None:
             )
 
 
+@checked
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     """Change the learning rate, on the device where a graph reads it.
 

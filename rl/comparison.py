@@ -36,6 +36,7 @@ from rl.statistics import (
     probability_of_improvement,
     stratified_bootstrap,
 )
+from rsm_sampler.checked import checked
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.loggers import JSONLinesLogger
 from rsm_sampler.plotting import new_figure, save_figure
@@ -66,6 +67,7 @@ class Curve:
     updates: float = math.nan
 
 
+@checked(skip=("__init__",))
 @dataclass(frozen=True)
 class Comparison:
     """The runs of a grid.
@@ -109,6 +111,7 @@ class Comparison:
         }
 
 
+@checked
 def read(folder: str | os.PathLike[str], *, total_steps: int | None = None) -> Comparison:
     """The runs of a grid as they are, finished or not.
 
@@ -137,6 +140,7 @@ def read(folder: str | os.PathLike[str], *, total_steps: int | None = None) -> C
     return Comparison(curves, random, longest if total_steps is None else total_steps)
 
 
+@checked
 def steps_done(folder: str | os.PathLike[str]) -> int:
     """Step of a run's last evaluation, 0 before the first; of those that its length counts.
 
@@ -146,6 +150,7 @@ def steps_done(folder: str | os.PathLike[str]) -> int:
     return max(_curve(Path(folder), None).steps, default=0)
 
 
+@checked
 def write_report(
     found: Comparison,
     out: str | os.PathLike[str],

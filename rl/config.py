@@ -6,12 +6,37 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from rsm_sampler import checkpoint
+from rsm_sampler import checkpoint, validation
 from rsm_sampler.ensemble import Activation
 
 __all__ = ["AgentConfig"]
 
 _C = TypeVar("_C", bound="AgentConfig")
+
+
+# Fields that say how much is kept in memory.
+_KEPT = frozenset(
+    {
+        "num_envs",
+        "replay_size",
+        "batch_size",
+        "width",
+        "depth",
+        "critic_width",
+        "critic_depth",
+        "num_steps",
+        "num_draws",
+        "behaviour_candidates",
+        "target_candidates",
+        "evaluation_candidates",
+        "policy_states",
+        "rollout_steps",
+        "entropy_states",
+        "entropy_draws",
+        "draws_per_state",
+        "uniform_actions",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +159,19 @@ class AgentConfig:
         for field in dataclasses.fields(self):
             value, wanted = getattr(self, field.name), hints[field.name]
             allowed = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
-            if get_origin(wanted) is Literal:
-                continue  # refused by value, with what is allowed
-            if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-                continue
-            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-                name = getattr(wanted, "__name__", str(wanted))
-                raise ValueError(f"{field.name} must be of type {name}, got {value!r}")
+            if get_origin(wanted) is Literal or (value is None and type(None) in allowed):
+                continue  # a word is refused by value, with what is allowed
+            try:
+                if float in allowed:
+                    validation.number(field.name, value, finite=False)
+                elif int in allowed and field.name in _KEPT:
+                    validation.size(field.name, value, least=0)
+                elif int in allowed:
+                    validation.integer(field.name, value)
+                elif bool in allowed:
+                    validation.flag(field.name, value)
+            except TypeError as error:
+                raise ValueError(str(error)) from None
 
     @classmethod
     def preset(cls: type[_C], name: str = "corrected", **changes: Any) -> _C:  # noqa: ANN401
@@ -153,6 +184,7 @@ class AgentConfig:
         Raises:
             ValueError: If there is no preset or field of that name.
         """
+        validation.text("name", name)
         presets = cls._presets()
         if name not in presets:
             raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")

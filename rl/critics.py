@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.checked import checked
 from rsm_sampler.ensemble import Activation, EnsembleMLP
 
 __all__ = ["Critic", "ReturnCritic", "best_candidate", "frozen"]
 
 
+@checked
 class Critic(EnsembleMLP):
     r"""Q-functions :math:`Q_i(s, a)`, perceptrons of observation and action.
 
@@ -61,6 +63,7 @@ class Critic(EnsembleMLP):
             activation=activation,
             generator=generator,
         )
+        self.observation_dim, self.action_dim = observation_dim, action_dim
 
     def values(
         self,
@@ -79,6 +82,7 @@ class Critic(EnsembleMLP):
         return self.values(observation, action).amin(0)
 
 
+@checked
 class ReturnCritic(Critic):
     r"""Normal laws of the return, :math:`\mathcal N(Q_i(s, a), \sigma_i(s, a)^2)`.
 
@@ -106,6 +110,7 @@ class ReturnCritic(Critic):
         return mean, nn.functional.softplus(raw)
 
 
+@checked
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Let no gradients go to a module's own parameters: for those of its inputs alone.
@@ -125,6 +130,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
         module.requires_grad_(True)
 
 
+@checked
 @torch.no_grad()
 def best_candidate(
     critic: Critic,
@@ -138,6 +144,11 @@ def best_candidate(
         observation: Observations, (n, observation_dim).
         candidates: Actions, (n, m, action_dim).
     """
+    if candidates.shape[-1] != critic.action_dim:
+        raise ValueError(
+            f"candidates must have shape (n, m, {critic.action_dim}), "
+            f"got {tuple(candidates.shape)}"
+        )
     if candidates.shape[1] == 1:
         return candidates[:, 0]
     best = critic.minimum(observation.unsqueeze(1), candidates).argmax(1)

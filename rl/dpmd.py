@@ -102,6 +102,8 @@ class DPMDConfig(DiffusionConfig):
         for name in ("draws_per_state", "policy_states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.old_policy_period < 0:
+            raise ValueError(f"old_policy_period must be at least 0, got {self.old_policy_period}")
         for name in ("temperature", "temperature_final", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")

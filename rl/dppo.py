@@ -59,6 +59,7 @@ from rl.diffusion_agent import DiffusionConfig
 from rl.environments import Transition
 from rl.policies import DiffusionPolicy, inward_cut
 from rl.replay import ReplayBuffer
+from rsm_sampler.checked import checked
 from rsm_sampler.ensemble import EnsembleMLP
 
 __all__ = ["DPPO", "DPPOConfig", "advantages", "clip_range"]
@@ -179,6 +180,7 @@ class DPPOConfig(DiffusionConfig):
         }
 
 
+@checked
 def clip_range(config: DPPOConfig) -> Float[Tensor, " steps"]:
     r"""The clips of all decisions, the noisiest first.
 
@@ -197,6 +199,7 @@ def clip_range(config: DPPOConfig) -> Float[Tensor, " steps"]:
     return base + (config.clip - base) * torch.expm1(3 * u) / math.expm1(3)
 
 
+@checked
 def advantages(
     reward: Float[Tensor, "steps envs"],
     value: Float[Tensor, "steps envs"],

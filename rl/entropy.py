@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.checked import checked
 from rsm_sampler.transitions import forward_kernel
 
 __all__ = ["PolicyEntropy", "missing_entropy"]
@@ -32,6 +33,7 @@ __all__ = ["PolicyEntropy", "missing_entropy"]
 _LEAST = 1e-4  # entropy power that is told from none, in units of the noise's
 
 
+@checked
 class PolicyEntropy:
     """Entropy per dimension of a policy's actions, in nats, by one call of its denoiser.
 
@@ -83,6 +85,7 @@ class PolicyEntropy:
         return self._offset + 0.5 * power.clamp(min=_LEAST).log()
 
 
+@checked
 def missing_entropy(entropy: Tensor, target: float, ess: Tensor, floor: float) -> Tensor:
     r"""What a step of the logarithm of a temperature is proportional to, within 1.
 

@@ -30,6 +30,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
+from rsm_sampler.checked import checked
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.schema import (
     Schema,
@@ -78,6 +79,7 @@ class Transition:
     valid: NDArray[np.bool_]
 
 
+@checked
 class Environments:
     """Copies of an environment that step together.
 
@@ -278,6 +280,7 @@ def is_environment(source: object) -> bool:
     return isinstance(source, gym.Env | VectorEnv)
 
 
+@checked
 def describe(source: EnvironmentSource) -> str:
     """A name for an environment, for run folders and messages."""
     if isinstance(source, str):

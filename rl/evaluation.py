@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rl.environments import Environments, EnvironmentSource, is_environment
+from rsm_sampler.checked import checked
 
 __all__ = ["Agent", "Evaluation", "check_fits", "checked_observation", "evaluate"]
 
@@ -70,6 +71,7 @@ class Evaluation:
         )
 
 
+@checked
 def evaluate(
     agent: Agent,
     env: EnvironmentSource,
@@ -138,6 +140,7 @@ def _unit_action(
     return 2 * (action - agent.low) / (agent.high - agent.low) - 1
 
 
+@checked
 def checked_observation(observation: ArrayLike, length: int) -> NDArray[np.float32]:
     """One observation or a batch, in single precision.
 
@@ -154,6 +157,7 @@ def checked_observation(observation: ArrayLike, length: int) -> NDArray[np.float
     return checked
 
 
+@checked
 def check_fits(agent: Agent | Environments, environments: Environments) -> None:
     """Refuse environments whose observations or actions are not the agent's.
 

@@ -33,6 +33,7 @@ from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, RunProgress, read_about
 from rl.stable_baselines import FOREIGN, configuration
 from rl.stable_baselines import train as train_foreign
 from rl.training import train, train_seeds
+from rsm_sampler.checked import checked
 from rsm_sampler.loggers import MemoryLogger
 
 __all__ = ["Cost", "compare", "estimate_cost"]
@@ -63,6 +64,7 @@ class _Run(NamedTuple):
     folder: Path
 
 
+@checked
 def compare(
     envs: Sequence[str],
     agents: Sequence[str],
@@ -170,6 +172,7 @@ def compare(
     return found
 
 
+@checked
 def estimate_cost(
     agent: str,
     env: str,

@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = ["GaussianMixtures", "fit_mixtures"]
 
 
@@ -64,6 +66,7 @@ class GaussianMixtures:
         return self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
+@checked
 @torch.no_grad()
 def fit_mixtures(
     x: Float[Tensor, "b n d"],

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rsm_sampler.ancestral import Ancestral, Multistep
+from rsm_sampler.checked import checked
 from rsm_sampler.denoisers import Denoiser, Prediction
 from rsm_sampler.ensemble import EnsembleMLP
 from rsm_sampler.flows import DDIM
@@ -60,6 +61,7 @@ ChainName = Literal["ancestral", "multistep"]
 _TIME = 16
 
 
+@checked
 class PolicyNetwork(nn.Module):
     r"""Mish perceptron of the noisy action, the observation and an embedded time.
 
@@ -123,6 +125,7 @@ class PolicyNetwork(nn.Module):
         return self.time(sinusoid).squeeze(0)
 
 
+@checked
 class DiffusionPolicy(nn.Module):
     r"""Actions in :math:`[-1, 1]^{d_a}` given observations, by a chain of T denoising steps.
 
@@ -296,6 +299,7 @@ class _InwardCut(torch.autograd.Function):
         return torch.where(outward, torch.zeros_like(gradient), gradient)
 
 
+@checked
 def inward_cut(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Values cut to [-1, 1], whose gradient passes where a step against it leads back inside.
 

@@ -55,6 +55,7 @@ from rl.diffusion_agent import PUBLISHED, DiffusionAgent, DiffusionConfig
 from rl.entropy import PolicyEntropy, missing_entropy
 from rl.off_policy import NextAction
 from rl.replay import Batch
+from rsm_sampler.checked import checked
 from rsm_sampler.ensemble import EnsembleMLP
 from rsm_sampler.estimators import PosteriorEstimate, TargetForm, posterior_estimate
 from rsm_sampler.kernels import GaussianReferenceKernel
@@ -168,6 +169,7 @@ class QSMConfig(DiffusionConfig):
         }
 
 
+@checked
 class LangevinPolicy(nn.Module):
     r"""Actions by T Langevin steps with one score for all of them.
 

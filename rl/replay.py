@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rl.environments import Transition
 from rsm_sampler import checkpoint
+from rsm_sampler.checked import checked
 from rsm_sampler.schema import items, record, tensor
 
 __all__ = ["Batch", "MultiStep", "ReplayBuffer"]
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
     span: Tensor
 
 
+@checked
 class MultiStep:
     r"""Transitions of up to n steps, from the single steps of some environments.
 
@@ -114,6 +116,7 @@ class MultiStep:
         self._open = [[(s.numpy(), a.numpy(), r, m) for s, a, r, m in each] for each in state]
 
 
+@checked
 class ReplayBuffer:
     """A ring of transitions.
 

@@ -46,6 +46,7 @@ from tqdm.auto import tqdm
 from rl.environments import EnvironmentSource, describe
 from rl.evaluation import checked_observation, evaluate
 from rsm_sampler import checkpoint
+from rsm_sampler.checked import checked
 from rsm_sampler.interrupts import terminable
 from rsm_sampler.loggers import JSONLinesLogger, Logger
 from rsm_sampler.schema import (
@@ -92,6 +93,7 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+@checked
 class StableBaselinesAgent:
     """A policy of stable-baselines3, to act with.
 
@@ -238,6 +240,7 @@ def _silence() -> Iterator[None]:
         yield
 
 
+@checked
 def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """What decides a run: the arguments of the library's class, defaults included.
 
@@ -268,6 +271,7 @@ def configuration(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@checked
 def train(
     name: str,
     env: EnvironmentSource,

@@ -20,6 +20,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 
+from rsm_sampler.checked import checked
+
 __all__ = [
     "Estimate",
     "interquartile_mean",
@@ -53,6 +55,7 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+@checked
 def normalised(scores: Scores, low: Mapping[str, float], high: Mapping[str, float]) -> _Arrays:
     r"""Scores in units of a reference, :math:`(x - x_{\rm low})/(x_{\rm high} - x_{\rm low})`.
 
@@ -83,6 +86,7 @@ def normalised(scores: Scores, low: Mapping[str, float], high: Mapping[str, floa
     return found
 
 
+@checked
 def interquartile_mean(scores: Scores) -> float:
     """Mean of the middle half of all runs of all tasks.
 
@@ -99,6 +103,7 @@ def interquartile_mean(scores: Scores) -> float:
     return float(runs[left_out : len(runs) - left_out].mean())
 
 
+@checked
 def mean_of_tasks(scores: Scores) -> float:
     """Mean over tasks of the mean of each one's runs.
 
@@ -116,6 +121,7 @@ def mean_of_tasks(scores: Scores) -> float:
     return float(np.mean([runs.mean() for runs in _checked("scores", scores).values()]))
 
 
+@checked
 def performance_profile(
     scores: Scores, thresholds: Float[np.ndarray, " k"]
 ) -> Float[np.ndarray, " k"]:
@@ -133,6 +139,7 @@ def performance_profile(
     return np.mean([(runs[:, None] > thresholds).mean(0) for runs in found.values()], axis=0)
 
 
+@checked
 def probability_of_improvement(scores: Scores, others: Scores) -> float:
     r"""How likely a run is better than another agent's run of the same task, the mean over tasks.
 
@@ -158,6 +165,7 @@ def probability_of_improvement(scores: Scores, others: Scores) -> float:
     return float(0.5 + 0.5 * np.mean(signs))
 
 
+@checked
 def stratified_bootstrap(
     statistic: Callable[..., float],
     *scores: Scores,

@@ -26,6 +26,7 @@ from rl.run import AGENTS, RUN_OPTIONS, AnyAgent, Run, RunProgress, check_folder
 from rl.stable_baselines import FOREIGN, StableBaselinesAgent
 from rl.stable_baselines import train as train_foreign
 from rsm_sampler import checkpoint
+from rsm_sampler.checked import checked
 from rsm_sampler.interrupts import deferred_interrupt, terminable
 from rsm_sampler.loggers import Logger
 from rsm_sampler.schema import anything, record, shown, text
@@ -33,6 +34,7 @@ from rsm_sampler.schema import anything, record, shown, text
 __all__ = ["load", "resume", "train", "train_seeds"]
 
 
+@checked
 def train(
     agent: str,
     env: EnvironmentSource,
@@ -127,6 +129,7 @@ def train(
     return run.agent
 
 
+@checked
 def train_seeds(
     agent: str,
     env: EnvironmentSource,
@@ -199,6 +202,7 @@ def train_seeds(
     return [run.agent for run in runs]
 
 
+@checked
 def resume(
     run_dir: str | os.PathLike[str],
     *,
@@ -259,6 +263,7 @@ def resume(
     return run.agent
 
 
+@checked
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "auto") -> AnyAgent:
     """The agent that was saved to a file. Nothing in it is executed.
 

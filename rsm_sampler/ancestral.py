@@ -16,12 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.flows import Heun
 from rsm_sampler.samplers import Sampler, check_draws, noise_like
 
 __all__ = ["Ancestral", "Multistep"]
 
 
+@checked
 class Ancestral(Sampler):
     r"""The stochastic sampler (8), with path weights.
 
@@ -162,6 +164,7 @@ class Ancestral(Sampler):
         return mean, ratio * math.sqrt((sigma_t - sigma_s) * (sigma_t + sigma_s))
 
 
+@checked
 class Multistep(Ancestral):
     r"""The reverse chain with the denoised point extrapolated along it, second order in the step.
 

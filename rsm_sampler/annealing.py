@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.box_kernel import TruncatedReverseKernel
+from rsm_sampler.checked import checked
 from rsm_sampler.estimators import PosteriorEstimate, posterior_mean
 from rsm_sampler.kernels import ReverseKernel
 from rsm_sampler.transitions import sigma_column
@@ -34,6 +35,7 @@ from rsm_sampler.transitions import sigma_column
 __all__ = ["annealed_estimate"]
 
 
+@checked(skip=("kernel",))
 @torch.no_grad()
 def annealed_estimate(
     energy: Callable[..., Tensor],

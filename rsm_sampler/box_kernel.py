@@ -16,12 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.kernels import Kernel, ReverseDraws, check_num_draws
 from rsm_sampler.transitions import sigma_column
 
 __all__ = ["AnchoredKernel", "TruncatedReverseKernel"]
 
 
+@checked(infinite=("low", "high"))
 class TruncatedReverseKernel(Kernel):
     r"""The reverse kernel within a box, each coordinate a truncated normal variable.
 
@@ -124,6 +126,7 @@ class TruncatedReverseKernel(Kernel):
         return torch.full((1,), edge, dtype=x.dtype, device=x.device)
 
 
+@checked(finite=("anchor",), infinite=("low", "high"))
 class AnchoredKernel(Kernel):
     r"""The reverse kernel within a box, mixed with normal laws about a known clean point.
 
@@ -174,6 +177,7 @@ class AnchoredKernel(Kernel):
         if not 0 <= share < 1:
             raise ValueError(f"share must be in [0, 1), got {share}")
         self.anchor, self.scales, self.share = anchor, tuple(scales), share
+        self.dim = anchor.shape[-1]
         self._inside = TruncatedReverseKernel(low, high)
 
     @torch.no_grad()

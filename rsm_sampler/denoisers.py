@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.checked import checked
 from rsm_sampler.equivariant import EGNN
 from rsm_sampler.networks import MLP, shared_level
 from rsm_sampler.transitions import sigma_column
@@ -56,6 +57,7 @@ class DenoiserFunction(Protocol):
         ...
 
 
+@checked
 class Denoiser(nn.Module):
     """Preconditioned denoiser around a network, in variance-exploding coordinates.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rsm_sampler import checkpoint
 from rsm_sampler.ancestral import Ancestral, Multistep
+from rsm_sampler.checked import checked
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.flows import DDIM, Heun
@@ -125,6 +126,7 @@ _SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 
+@checked(skip=("__init__",))
 @dataclass(frozen=True)
 class WeightedDraws:
     """Draws of a sampler with their importance log-weights.
@@ -269,6 +271,7 @@ def _one_chain(values: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: value.detach().cpu().numpy()[None] for name, value in values.items()}
 
 
+@checked(finite=("x",), skip=("__init__",))
 @dataclass
 class EnergySampler:
     """Independent draws of a learned law, and its log-density.

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.checked import checked
+
 __all__ = ["Activation", "EnsembleMLP", "mish"]
 
 Activation = Literal["mish", "relu"]
@@ -46,6 +48,7 @@ _LINEAR = _find_linear()
 _CHUNK = 2048  # rows
 
 
+@checked
 class EnsembleMLP(nn.Module):
     r"""Perceptrons of one shape side by side.
 
@@ -320,6 +323,7 @@ def _split(piece: Tensor, batch_dims: int, size: int) -> Iterable[Tensor]:
     return itertools.repeat(piece)
 
 
+@checked
 def mish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     r"""The activation :math:`x \tanh \log (1 + e^x)`.
 

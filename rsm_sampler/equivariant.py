@@ -48,6 +48,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.checked import checked
 from rsm_sampler.networks import embedded_level, linear
 from rsm_sampler.target.coordinates import MeanFree
 
@@ -57,6 +58,7 @@ _REACH = 8.0  # of the radial functions, in units of the scaled points
 _CACHED = 160_000  # numbers in the messages of a piece, on a CPU: they stay in its second cache
 
 
+@checked
 class EGNN(nn.Module):
     r"""Equivariant graph network of particles, with the interface of a denoiser's network.
 

@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.kernels import Kernel
 from rsm_sampler.target.gradients import value_and_gradient
 from rsm_sampler.transitions import sigma_column
@@ -91,6 +92,7 @@ class ScoreEstimate:
     log_mean_weight: Float[Tensor, "*batch"]
 
 
+@checked
 def effective_sample_size(log_weight: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     r"""Number of equally weighted samples that importance weights are worth.
 
@@ -134,6 +136,7 @@ def effective_sample_size(log_weight: Float[Tensor, "*batch n"]) -> Float[Tensor
     return ess
 
 
+@checked
 def normalise(log_weight: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     r"""Weights that sum to one, :math:`\bar w_k = w_k / \sum_j w_j`.
 
@@ -152,6 +155,7 @@ def normalise(log_weight: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"
     return _summarise(log_weight).weight
 
 
+@checked
 def posterior_mean(
     x_0: Float[Tensor, "*batch draws dim"],
     log_weight: Float[Tensor, "*batch draws"],
@@ -193,6 +197,7 @@ def posterior_mean(
     return PosteriorEstimate(mean, weights.ess, weights.log_mean, entropy)
 
 
+@checked
 def posterior_estimate(
     energy: Callable[..., Tensor] | None,
     x_t: Float[Tensor, "*batch dim"],
@@ -256,6 +261,7 @@ def posterior_estimate(
     return PosteriorEstimate(x_t.detach() + shift, weights.ess, weights.log_mean, entropy)
 
 
+@checked
 def score_estimate(
     energy: Callable[..., Tensor] | None,
     x_t: Float[Tensor, "*batch dim"],

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.samplers import Sampler, check_draws
 
 __all__ = ["DDIM", "Heun"]
@@ -81,6 +82,7 @@ class _Flow(Sampler, ABC):
         return x, log_prob
 
 
+@checked
 class DDIM(_Flow):
     r"""The deterministic sampler of first order.
 
@@ -111,6 +113,7 @@ class DDIM(_Flow):
         return torch.lerp(self._denoise(x_t, sigma_t, context), x_t, sigma_s / sigma_t)
 
 
+@checked
 class Heun(_Flow):
     r"""The probability-flow ODE :math:`dx/d\sigma = (x - D)/\sigma` by Heun's method.
 

@@ -43,6 +43,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.transitions import isotropic_log_prob, sigma_column
 
@@ -72,6 +73,7 @@ class ReverseDraws:
     log_constant: Float[Tensor, "*batch"] | None = None
 
 
+@checked
 class Kernel(ABC):
     """A law of clean candidates given a noisy point.
 
@@ -110,6 +112,7 @@ class Kernel(ABC):
         """
 
 
+@checked
 class ReverseKernel(Kernel):
     r"""The reverse sampling kernel, :math:`\phi(x_0 | x_t) = \mathcal N(x_0; x_t, \sigma^2 I)`.
 
@@ -150,6 +153,7 @@ class ReverseKernel(Kernel):
         return ReverseDraws(x_0, zero.expand(x_0.shape[:-1]), zero.expand(x_t.shape[:-1]))
 
 
+@checked(finite=("loc",))
 class GaussianReferenceKernel(Kernel):
     r"""The reverse kernel times a broad normal law, the reference.
 
@@ -184,6 +188,7 @@ class GaussianReferenceKernel(Kernel):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.loc = loc
+        self.dim = len(loc) if isinstance(loc, Tensor) and loc.dim() else None
         self.scale = scale
         self.antithetic = antithetic
 
@@ -216,6 +221,7 @@ class GaussianReferenceKernel(Kernel):
         return self.loc.to(x) if isinstance(self.loc, Tensor) else self.loc
 
 
+@checked(finite=("points",))
 class BankKernel(Kernel):
     r"""Candidates from a bank of points whose energy is known already: no energy is evaluated.
 
@@ -261,6 +267,7 @@ class BankKernel(Kernel):
         if log_weight is None:
             log_weight = points.new_zeros(len(points))
         self.points = points.detach()
+        self.dim = points.shape[-1]
         self.log_weight = log_weight.detach()
         self._cumulative_weight = cumulative_weight(self.points, self.log_weight)
         self._log_mean_weight = self.log_weight.logsumexp(0) - math.log(len(points))

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rsm_sampler.checked import checked
+
 _HEAD = b'{"step": '
 
 
@@ -36,6 +38,7 @@ class Logger(Protocol):
         """Write what is still held back, and release the file."""
 
 
+@checked(least={"step": 0}, skip=("values",))
 class JSONLinesLogger:
     r"""Writes one line of JSON per call, at once.
 
@@ -105,6 +108,7 @@ class JSONLinesLogger:
         return [record for record, _ in _records(Path(path).expanduser())]
 
 
+@checked(least={"step": 0}, skip=("values",))
 class MemoryLogger:
     """Keeps all records in memory, for notebooks and tests.
 
@@ -148,6 +152,7 @@ class MemoryLogger:
         return [record["step"] for record in found], [record[name] for record in found]
 
 
+@checked(least={"step": 0}, skip=("values",))
 class TensorBoardLogger:
     """Writes TensorBoard event files. Needs the extra ``tensorboard``.
 

@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.estimators import PosteriorEstimate, TargetForm, normalise, posterior_estimate
 from rsm_sampler.kernels import Kernel
 from rsm_sampler.transitions import forward_kernel, sigma_column
@@ -60,6 +61,7 @@ LossWeight = Callable[[Tensor], Tensor] | Tensor | float | None
 """A function of sigma, values that broadcast to the batch, a number; None: :func:`edm_weight`."""
 
 
+@checked
 def edm_weight(sigma: Float[Tensor, "*batch"], sigma_data: float = 1.0) -> Float[Tensor, "*batch"]:
     r"""Weight that measures errors in units of a preconditioned network's output.
 
@@ -86,6 +88,7 @@ def edm_weight(sigma: Float[Tensor, "*batch"], sigma_data: float = 1.0) -> Float
     return 1 / sigma_data**2 + sigma.square().reciprocal()
 
 
+@checked
 def noise_weight(sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     r"""Weight :math:`1/\sigma^2`, for the squared error of the predicted noise, (7).
 
@@ -102,6 +105,7 @@ def noise_weight(sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     return sigma.square().reciprocal()
 
 
+@checked
 def score_weight(sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     r"""Weight :math:`1/\sigma^4`, for the squared error of the score, (9).
 
@@ -118,6 +122,7 @@ def score_weight(sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     return sigma.square().reciprocal().square()
 
 
+@checked
 def denoising_loss(
     denoiser: Callable[..., Tensor],
     x_0: Float[Tensor, "*batch dim"],
@@ -256,6 +261,7 @@ def _share(error: Tensor, more: Tensor, sigma: Tensor) -> Tensor:
     return share.view(-1, *[1] * (error.dim() - 1))
 
 
+@checked
 def mirror_descent_loss(
     denoiser: Callable[..., Tensor],
     x_0: Float[Tensor, "*batch dim"],
@@ -322,6 +328,7 @@ def mirror_descent_loss(
     return weight.to(loss.dtype) * loss
 
 
+@checked
 def reverse_sampling_loss(
     denoiser: Callable[..., Tensor],
     energy: Callable[..., Tensor] | None,
@@ -404,6 +411,7 @@ def reverse_sampling_loss(
     return estimate_loss(denoiser, x_t, sigma, estimate, context=context, loss_weight=loss_weight)
 
 
+@checked
 def estimate_loss(
     denoiser: Callable[..., Tensor],
     x_t: Float[Tensor, "*batch dim"],

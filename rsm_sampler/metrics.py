@@ -33,6 +33,8 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = [
     "Estimate",
     "dkw_band",
@@ -70,6 +72,7 @@ class Estimate(NamedTuple):
 # --- transport --------------------------------------------------------------------------
 
 
+@checked
 def wasserstein2(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[Tensor, ""]:
     r"""Exact 2-Wasserstein distance between two equal-sized sets of equally weighted points.
 
@@ -110,6 +113,7 @@ def wasserstein2(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[
     return cost[torch.as_tensor(rows), torch.as_tensor(columns)].mean().sqrt().to(x.device)
 
 
+@checked
 def wasserstein2_1d(
     x: Float[Tensor, "*batch n"], y: Float[Tensor, "*batch m"]
 ) -> Float[Tensor, "*batch"]:
@@ -147,6 +151,7 @@ def wasserstein2_1d(
     return (x - y).square().mean(dim=-1).sqrt()
 
 
+@checked
 def sliced_wasserstein2(
     x: Float[Tensor, "n dim"],
     y: Float[Tensor, "m dim"],
@@ -196,6 +201,7 @@ def sliced_wasserstein2(
 # --- kernels ----------------------------------------------------------------------------
 
 
+@checked
 def mmd2(
     x: Float[Tensor, "n dim"],
     y: Float[Tensor, "m dim"],
@@ -276,6 +282,7 @@ def _median_distance(x: Tensor, y: Tensor, limit: int = 1000) -> float:
 # --- total variation --------------------------------------------------------------------
 
 
+@checked
 def total_variation(
     p: Float[Tensor, "*batch cells"], q: Float[Tensor, "*batch cells"]
 ) -> Float[Tensor, "*batch"]:
@@ -305,6 +312,7 @@ def total_variation(
     return (p - q).abs().sum(dim=-1) / 2
 
 
+@checked(finite=("samples",))
 def grid_total_variation(
     samples: Float[Tensor, "n dim"],
     cell_masses: Float[Tensor, "*grid"],
@@ -360,6 +368,7 @@ def grid_total_variation(
     return total_variation(torch.bincount(cell, minlength=len(exact)).double() / n, exact)
 
 
+@checked
 def total_variation_floor(cell_masses: Float[Tensor, "*grid"], n: int) -> Float[Tensor, ""]:
     r"""Expected total variation between the histogram of ``n`` exact draws and the exact masses.
 
@@ -402,6 +411,7 @@ def total_variation_floor(cell_masses: Float[Tensor, "*grid"], n: int) -> Float[
     return torch.where(nu <= n, log_term.exp(), 0.0).sum() / n
 
 
+@checked
 def mode_weights(responsibilities: Float[Tensor, "n modes"]) -> Float[Tensor, "modes"]:
     """Share of the samples that belongs to each mode: the mean responsibility.
 
@@ -424,6 +434,7 @@ def mode_weights(responsibilities: Float[Tensor, "n modes"]) -> Float[Tensor, "m
     return _probabilities("responsibilities", responsibilities).mean(dim=0)
 
 
+@checked(finite=("responsibilities", "weights"))
 def mode_weight_total_variation(
     responsibilities: Float[Tensor, "n modes"], weights: Float[Tensor, "modes"]
 ) -> Float[Tensor, ""]:
@@ -453,6 +464,7 @@ def mode_weight_total_variation(
 # --- distribution functions -------------------------------------------------------------
 
 
+@checked
 def ks_per_coordinate(
     x: Float[Tensor, "n dim"],
     reference: Float[Tensor, "m dim"] | Sequence[Callable],
@@ -504,6 +516,7 @@ def ks_per_coordinate(
     return torch.maximum((above - cdf).abs(), (cdf - below).abs()).amax(dim=-1)
 
 
+@checked
 def dkw_band(
     n: int, m: int | None = None, *, false_alarm: float = 1e-6, num_tests: int = 1
 ) -> float:
@@ -548,6 +561,7 @@ def dkw_band(
 # --- densities --------------------------------------------------------------------------
 
 
+@checked
 def kl_paired(log_p: Float[Tensor, "n"], log_q: Float[Tensor, "n"]) -> Estimate:
     r"""Kullback-Leibler divergence from exact samples at which both log-densities are known.
 
@@ -581,6 +595,7 @@ def kl_paired(log_p: Float[Tensor, "n"], log_q: Float[Tensor, "n"]) -> Estimate:
     )
 
 
+@checked
 def nll(log_q: Float[Tensor, "n"]) -> Estimate:
     r"""Mean negative log-likelihood of held-out exact samples, in nats.
 
@@ -604,6 +619,7 @@ def nll(log_q: Float[Tensor, "n"]) -> Estimate:
     return _mean(-_no_nan("log_q", log_q), "-log_q")
 
 
+@checked
 def elbo(log_weight: Float[Tensor, "n"]) -> Estimate:
     r"""Evidence lower bound: mean log-weight over the **model's** samples.
 
@@ -629,6 +645,7 @@ def elbo(log_weight: Float[Tensor, "n"]) -> Estimate:
     return _mean(_no_nan("log_weight", log_weight), "log_weight")
 
 
+@checked
 def eubo(log_weight: Float[Tensor, "n"]) -> Estimate:
     r"""Evidence upper bound: mean log-weight over **exact** samples.
 
@@ -658,6 +675,7 @@ def eubo(log_weight: Float[Tensor, "n"]) -> Estimate:
     return _mean(-_no_nan("-log_weight", -log_weight), "log_weight")
 
 
+@checked
 def forward_effective_sample_size(
     log_weight: Float[Tensor, "n"], log_z: float | None = None
 ) -> Float[Tensor, ""]:

@@ -24,9 +24,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rsm_sampler.checked import checked
+
 __all__ = ["MLP", "embedded_level", "linear", "shared_level"]
 
 
+@checked
 def shared_level(level: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch"]:
     """Levels without the axes along which all points share one.
 
@@ -46,6 +49,7 @@ def shared_level(level: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch"]:
     return level[tuple(slice(None) if stride else slice(0, 1) for stride in level.stride())]
 
 
+@checked
 def embedded_level(log_sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch 17"]:
     """Log noise levels, divided by 10, and eight harmonics of a wave of length 40.
 
@@ -63,6 +67,7 @@ def embedded_level(log_sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*#batch
     return torch.cat([level / 10, angle.sin(), angle.cos()], -1)
 
 
+@checked
 class MLP(nn.Module):
     r"""Residual perceptron with Fourier features and a noise level in every layer.
 
@@ -214,6 +219,7 @@ class MLP(nn.Module):
         self.context_scale.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
 
+@checked
 def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """A single-precision linear layer with PyTorch's usual initial law.
 

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.estimators import effective_sample_size
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _EXACT, _MODEL, _LINE = "0.25", "tab:blue", "tab:orange"
 _PAPER_WHITE = 0.15  # the palest density shown differs from the background by this much
 
 
+@checked(above={"size": 0})
 def new_figure(
     rows: int = 1, columns: int = 1, *, size: float = 3.0
 ) -> "tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]":
@@ -79,6 +81,7 @@ def new_figure(
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+@checked(least={"dpi": 1}, most={"dpi": 10_000})
 def save_figure(ax: "matplotlib.axes.Axes", path: str | Path, *, dpi: int = 150) -> Path:
     """Write the figure that an ``ax`` belongs to; folders are made where they are missing.
 
@@ -93,6 +96,8 @@ def save_figure(ax: "matplotlib.axes.Axes", path: str | Path, *, dpi: int = 150)
     Raises:
         ValueError: If the ending names no known format.
     """
+    if not hasattr(ax, "get_figure"):
+        raise TypeError(f"ax must be axes of matplotlib, got {ax!r}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = ax.get_figure(root=True)
@@ -101,6 +106,7 @@ def save_figure(ax: "matplotlib.axes.Axes", path: str | Path, *, dpi: int = 150)
     return path
 
 
+@checked
 def plot_energy(
     energy: Callable[..., Tensor],
     extent: Extent,
@@ -152,6 +158,7 @@ def plot_energy(
     return _frame(ax, low, high)
 
 
+@checked
 def plot_samples(
     samples: Float[Tensor, "n dim"],
     *,
@@ -233,6 +240,7 @@ def plot_samples(
     return _frame(ax, low, high)
 
 
+@checked
 def plot_marginal(
     samples: Float[Tensor, "n dim"],
     *,
@@ -264,6 +272,8 @@ def plot_marginal(
     Raises:
         ValueError: If the coordinate does not exist or there are no finite samples.
     """
+    if isinstance(exact, Tensor) and exact.dim() < 1:
+        raise ValueError(f"exact must be draws or a function, got {exact}")
     if samples.dim() != 2 or not 0 <= coordinate < samples.shape[-1]:
         raise ValueError(
             f"coordinate must be one of samples of shape (n, dim), got {coordinate} for "
@@ -298,6 +308,7 @@ def plot_marginal(
     return ax
 
 
+@checked
 def plot_weights(
     log_weight: Float[Tensor, " n"],
     *,
@@ -347,6 +358,7 @@ def plot_weights(
     return ax
 
 
+@checked(skip=("history",))
 def plot_training(
     history: Sequence[Mapping[str, float]],
     *,
@@ -371,6 +383,8 @@ def plot_training(
     Raises:
         ValueError: If no record has both values.
     """
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise TypeError(f"history must be a sequence of records, got {history!r}")
     pairs = [
         (record[against], record[key])
         for record in history
@@ -394,6 +408,7 @@ def plot_training(
     return ax
 
 
+@checked(above={"size": 0})
 def plot_panels(
     panels: Mapping[str, Float[Tensor, "_ 2"]],
     *,
@@ -445,6 +460,8 @@ def plot_panels(
 
 def _axes(ax: Any) -> "matplotlib.axes.Axes":  # noqa: ANN401
     if ax is not None:
+        if not hasattr(ax, "get_figure"):
+            raise TypeError(f"ax must be axes of matplotlib, got {ax!r}")
         return ax
     import matplotlib.pyplot as plt
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.transitions import forward_kernel, sigma_column, variance_exploding
 
@@ -54,6 +55,7 @@ class Proposal(Protocol):
         """
 
 
+@checked(finite=("loc",))
 class GaussianProposal:
     r"""A normal law, of the clean point or of the paper's noisy variable.
 
@@ -105,6 +107,7 @@ class GaussianProposal:
         return self.loc + torch.hypot(sigma_column(sigma, noise), self.scale) * noise
 
 
+@checked
 class UniformProposal:
     r"""A uniform law on a box, of the clean point or of the paper's noisy variable.
 
@@ -162,6 +165,7 @@ class UniformProposal:
         return forward_kernel(inside, sigma, generator=generator)
 
 
+@checked
 class PerturbedModel:
     r"""Samples of the model itself, made noisy, :math:`x_t = x_0 + \sigma \epsilon`.
 
@@ -194,6 +198,7 @@ class PerturbedModel:
         return forward_kernel(x_0, sigma, generator=generator)
 
 
+@checked(finite=("points",))
 class PerturbedBuffer:
     r"""Stored points, drawn by weight and made noisy, :math:`x_t = x_0 + \sigma \epsilon`.
 
@@ -235,6 +240,7 @@ class PerturbedBuffer:
         return forward_kernel(self.points[index[order]], sigma, generator=generator)
 
 
+@checked
 class MixtureProposal:
     r"""One of several proposals for each row, part i with probability :math:`w_i`.
 

@@ -32,11 +32,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rsm_sampler.checked import checked
+
 __all__ = ["Langevin", "Sampler"]
 
 _S = TypeVar("_S", bound="Sampler")
 
 
+@checked
 class Sampler(ABC):
     r"""The loop shared by all samplers; a subclass adds one step.
 
@@ -204,6 +207,7 @@ class Sampler(ABC):
         return self.denoiser(x, level) if context is None else self.denoiser(x, level, context)
 
 
+@checked
 class Langevin(Sampler):
     r"""Annealed Langevin dynamics: a few steps with the score of every noise level.
 

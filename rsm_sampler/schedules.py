@@ -38,6 +38,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = [
     "EDM",
     "Cosine",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 
+@checked
 class Schedule(ABC):
     """The noise scale as a strictly increasing function of time.
 
@@ -135,6 +138,7 @@ class Schedule(ABC):
         return self.time_of(value).to(dtype)
 
 
+@checked
 class DiscreteSchedule(Schedule):
     r"""A schedule given by T rates, :math:`\bar\alpha_t = \prod_{l \le t} (1 - \beta_l)`.
 
@@ -252,6 +256,7 @@ class DiscreteSchedule(Schedule):
         return f"{type(self).__name__}(num_steps={self.num_steps})"
 
 
+@checked
 class Linear(DiscreteSchedule):
     r"""Rates equally spaced from beta_min to beta_max, times scale.
 
@@ -286,6 +291,7 @@ class Linear(DiscreteSchedule):
         )
 
 
+@checked
 class Cosine(DiscreteSchedule):
     r"""Signal power that falls like a squared cosine.
 
@@ -327,6 +333,7 @@ class Cosine(DiscreteSchedule):
         super().__init__((1 - power[1:] / power[:-1]).clamp(max=beta_max) * scale)
 
 
+@checked
 class VariancePreserving(DiscreteSchedule):
     r"""The variance-preserving diffusion with a linear rate, taken in T exact steps.
 
@@ -407,6 +414,7 @@ class _Continuous(Schedule, ABC):
         return f"{type(self).__name__}(sigma_min={self.sigma_min:g}, sigma_max={self.sigma_max:g})"
 
 
+@checked
 class Geometric(_Continuous):
     r"""Geometric progression of noise scales, :math:`\sigma_{\min}^{1-t}\, \sigma_{\max}^{t}`.
 
@@ -440,6 +448,7 @@ class Geometric(_Continuous):
         return (torch.log(sigma / self.sigma_min) / ratio).clamp(0.0, 1.0)
 
 
+@checked
 class EDM(_Continuous):
     r"""Noise scales whose root of order rho is linear in time.
 

@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from rsm_sampler import checkpoint
 from rsm_sampler.bank.bank import Bank
 from rsm_sampler.bank.supply import Supply
+from rsm_sampler.checked import checked
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.distributed import Team
 from rsm_sampler.energy_sampler import (
@@ -76,7 +77,7 @@ from rsm_sampler.schema import (
     understood,
 )
 from rsm_sampler.target.contexts import Contexts
-from rsm_sampler.target.coordinates import Affine, Bounds, Coordinates, MeanFree
+from rsm_sampler.target.coordinates import Affine, Bounds, Coordinates, MeanFree, bounds_of
 from rsm_sampler.target.energy import BudgetExceededError, MeteredEnergy, particles_of
 from rsm_sampler.target.gradients import GradientMethod
 from rsm_sampler.trainer_config import TrainerConfig
@@ -154,6 +155,7 @@ class Progress:
     seconds: float
 
 
+@checked(skip=("energy", "bounds"), above={"scale": 0})
 class EnergyDiffusionTrainer:
     r"""Trains a diffusion model on an energy, :math:`p(x) \propto \exp(-E(x))`.
 
@@ -163,7 +165,10 @@ class EnergyDiffusionTrainer:
         dim: Length of a point.
         context_dim: Length of a context, for a conditional energy.
         context: Draws contexts for training, ``(n, generator) -> (n, context_dim)``.
-        bounds: ``(low, high)``, numbers or one for each coordinate, infinite where there is none.
+        bounds: ``(low, high)``, numbers or one for each coordinate, infinite where there is none;
+            or a list with one pair ``(low, high)`` for each coordinate. In two dimensions a list
+            that can be read in both ways is refused; a tuple of two lists is ``(low, high)``. See
+            :func:`~rsm_sampler.target.coordinates.bounds_of`.
         particles: ``(n, s)`` for an energy of n equal particles in s dimensions that does not
             change when they are moved, turned or mirrored together, or renumbered: the law on
             centred configurations is learned by an equivariant network, and draws are centred. By
@@ -213,7 +218,7 @@ class EnergyDiffusionTrainer:
         *,
         context_dim: int | None = None,
         context: Callable[..., Tensor] | None = None,
-        bounds: tuple[Any, Any] | None = None,
+        bounds: Sequence[Any] | Tensor | None = None,
         particles: tuple[int, int] | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
@@ -281,9 +286,8 @@ class EnergyDiffusionTrainer:
             if particles[0] * particles[1] != dim:
                 raise ValueError(f"particles must have n s equal to dim {dim}, got {particles}")
         self.sizes = self.config.sizes(dim, particles)
-        low, high = (-math.inf, math.inf) if bounds is None else bounds
         self.coordinates: Coordinates = (
-            Bounds(low, high, dim) if particles is None else MeanFree(*particles)
+            bounds_of(bounds, dim) if particles is None else MeanFree(*particles)
         )
         if target not in get_args(TargetForm):
             raise ValueError(f"target must be one of {get_args(TargetForm)}, got {target!r}")

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler import validation
 from rsm_sampler.bank.plan import FEW_DIMENSIONS
+from rsm_sampler.checked import checked
 from rsm_sampler.energy_sampler import EXACT_DENSITY
 
 __all__ = ["Sizes", "TrainerConfig"]
@@ -28,6 +30,10 @@ class Sizes:
     harmonics: int
 
 
+_POSITIVE = ("learning_rate", "sigma_min", "reference_scale", "bandwidth")
+
+
+@checked(above=dict.fromkeys(_POSITIVE, 0))
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How to train; what is None the trainer chooses by dimension and symmetry.
@@ -122,7 +128,11 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("learning_rate", "sigma_min", "reference_scale", "bandwidth"):
+        for name in ("frequencies", "harmonics"):
+            value = getattr(self, name)
+            if value is not None:
+                validation.size(name, value, least=0)
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.sigma_max > self.sigma_min:

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
+
 __all__ = [
     "forward_kernel",
     "forward_log_prob",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 
+@checked
 def sigma_column(
     sigma: Float[Tensor, "*#batch"] | float, x: Float[Tensor, "*batch dim"]
 ) -> Float[Tensor, "*#batch 1"]:
@@ -62,6 +65,7 @@ def sigma_column(
     return sigma.to(dtype=x.dtype, device=x.device).unsqueeze(-1)
 
 
+@checked
 def variance_preserving(
     x: Float[Tensor, "*batch dim"], sigma: Float[Tensor, "*#batch"] | float
 ) -> Float[Tensor, "*batch dim"]:
@@ -85,6 +89,7 @@ def variance_preserving(
     return x / torch.hypot(column, torch.ones_like(column))
 
 
+@checked
 def variance_exploding(
     x_vp: Float[Tensor, "*batch dim"], sigma: Float[Tensor, "*#batch"] | float
 ) -> Float[Tensor, "*batch dim"]:
@@ -105,6 +110,7 @@ def variance_exploding(
     return x_vp * torch.hypot(column, torch.ones_like(column))
 
 
+@checked
 def forward_kernel(
     x_0: Float[Tensor, "*batch dim"],
     sigma: Float[Tensor, "*#batch"] | float,
@@ -132,6 +138,7 @@ def forward_kernel(
     return x_0 + sigma_column(sigma, x_0) * noise
 
 
+@checked
 def forward_log_prob(
     x_t: Float[Tensor, "*batch dim"],
     x_0: Float[Tensor, "*batch dim"],
@@ -161,6 +168,7 @@ def forward_log_prob(
     return isotropic_log_prob((x_t - x_0) / column, column)
 
 
+@checked
 def posterior(
     x_t: Float[Tensor, "*batch dim"],
     x_0: Float[Tensor, "*batch dim"],

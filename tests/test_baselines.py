@@ -535,9 +535,9 @@ def test_they_run_on_a_gpu(method):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
-        ({"scale": math.inf}, "scale must be positive and finite, got inf"),
-        ({"loc": math.nan}, "loc must be a finite number or 2 of them, got nan"),
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"scale": math.inf}, "scale must be a finite number, got inf"),
+        ({"loc": math.nan}, "loc must be a finite number, got nan"),
         ({"loc": torch.zeros(3)}, "loc must be a finite number or 2 of them"),
         ({"dtype": torch.int64}, "dtype must be a floating-point type, got torch.int64"),
         ({"device": "nowhere"}, "device must be available on this machine, got 'nowhere'"),
@@ -618,7 +618,7 @@ def test_ddpm_wants_samples_or_evaluations():
         ddpm(normal, 2, samples=samples, evaluations=5)
     with pytest.raises(ValueError, match="num_chains must be at least 1, got 0"):
         ddpm(normal, 2, evaluations=10_000, num_chains=0)
-    with pytest.raises(ValueError, match=r"scale must be positive and finite, got -1\.0"):
+    with pytest.raises(ValueError, match=r"scale must be positive, got -1\.0"):
         ddpm(normal, 2, samples=samples, scale=-1.0)
 
 
@@ -626,7 +626,7 @@ def test_ddpm_wants_samples_or_evaluations():
 def test_bad_arguments_of_the_parts():
     with pytest.raises(ValueError, match=r"score_clip must be positive, got 0\.0"):
         idem_score(normal, torch.zeros(1, 2), 1.0, 4, score_clip=0.0)
-    with pytest.raises(ValueError, match=r"log_weight must have the shape \(2,\) of log_prob"):
+    with pytest.raises(ValueError, match=r"log_weight must have shape \(2,\), got \(3,\)"):
         fab_loss(torch.zeros(2), torch.zeros(3))
     for method in ("fab", "langevin"):
         with pytest.raises(ValueError, match="n must be at least 0, got -1"):

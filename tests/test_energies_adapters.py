@@ -349,7 +349,7 @@ def test_a_script_without_a_guard_is_told_so(user, tmp_path):
     ("make", "message"),
     [
         (lambda: from_numpy(3), "fn must be callable, got 3"),
-        (lambda: from_numpy(np.sum, workers=-1), "workers must not be negative, got -1"),
+        (lambda: from_numpy(np.sum, workers=-1), "workers must be at least 0, got -1"),
         (lambda: from_numpy(lambda x: x, workers=2), "fn must be picklable when workers > 0"),
         (lambda: from_numpy(np.sum, start_method="thread"), "start_method must be one of"),
         (lambda: from_numpy(lambda x: x)(torch.zeros(3, 2)), r"fn must return shape \(3,\)"),
@@ -367,14 +367,14 @@ def test_a_script_without_a_guard_is_told_so(user, tmp_path):
         (lambda: from_log_prob(None), "fn must be callable, got None"),
         (lambda: from_log_prob(lambda x: x)(torch.zeros(3, 2)), r"fn must return shape \(3,\)"),
         (lambda: from_log_prob(lambda x: 1.0)(torch.zeros(3, 2)), "fn must return a tensor"),
-        (lambda: from_distribution(1.0), "distribution must be a torch Distribution"),
+        (lambda: from_distribution(1.0), "distribution must be of type Distribution, got 1.0"),
         (lambda: from_distribution(dist.Normal(torch.zeros(2), 1.0)), "Independent"),
         (lambda: from_distribution(dist.Poisson(1.0)), "distribution must be continuous"),
         (lambda: from_distribution(dist.Wishart(3.0, torch.eye(2))), "event shape"),
     ],
 )
 def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
 
 
@@ -582,3 +582,17 @@ def test_a_broken_import_inside_a_users_module_is_shown(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
         energies.get("broken_energy_module:energy")
+
+
+@pytest.mark.parametrize(
+    ("fn", "vectorized", "message"),
+    [
+        (lambda x: (x[:, 0], x[:, 1]), True, r"nothing beside it, got a tuple \(ndarray, nd"),
+        (lambda x: (x[0], x[1]), False, "fn must return one number for one point, and nothing"),
+        (lambda x: {"logp": x[:, 0]}, True, "fn must return an array of energies, .* got dict"),
+        (lambda x: None, False, "fn must return one number for one point, got NoneType"),
+    ],
+)
+def test_blobs_and_nothing_are_refused(fn, vectorized, message):
+    with pytest.raises(ValueError, match=message):
+        from_numpy(fn, vectorized=vectorized)(torch.zeros(3, 2))

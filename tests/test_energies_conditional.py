@@ -140,7 +140,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"offset must have shape \(1,\)"):
         ConditionalMixture(prior, torch.ones(1, 2), 1.0, offset=torch.ones(2))
     task = ConditionalMixture.plane()
-    with pytest.raises(ValueError, match=r"context must have shape \(\*, 1\)"):
+    with pytest.raises(ValueError, match=r"context must broadcast to shape \(3, 1\)"):
         task(torch.zeros(3, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"context must have shape \(1,\)"):
         task.posterior(torch.zeros(2, 1))

@@ -195,7 +195,7 @@ def test_particles_refuse():
         LennardJones(3, strength=-1.0)
     with pytest.raises(ValueError, match="dw4 has no other units"):
         DW4.affine(scale=2.0)
-    with pytest.raises(ValueError, match=r"x must have shape \(\*, 8\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(..., 8\)"):
         DW4.distances(torch.zeros(3, 6))
     with pytest.raises(NotImplementedError, match="lj5 has no exact sampler"):
         LJ5.sample(3)

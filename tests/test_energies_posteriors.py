@@ -129,7 +129,7 @@ def test_breast_cancer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(3, 2), torch.zeros(4)), r"shapes \(n, k\) and \(n\)"),
+        ((torch.zeros(3, 2), torch.zeros(4)), r"labels must have shape \(3,\), got \(4,\)"),
         ((torch.zeros(3, 2), torch.full((3,), 0.5)), r"labels must be 0 or 1, got \[0.5\]"),
     ],
 )

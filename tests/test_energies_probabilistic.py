@@ -88,11 +88,11 @@ def test_the_evidence_is_the_normaliser():
 
 @pytest.mark.bad_input
 def test_bad_models_are_refused():
-    with pytest.raises(ValueError, match="model must be callable, got 3"):
+    with pytest.raises(TypeError, match="model must be callable, got 3"):
         energies.from_numpyro(3)
     with pytest.raises(ValueError, match="continuous latent variable"):
         energies.from_numpyro(lambda: numpyro.sample("y", dist.Normal(0, 1), obs=0.0))
-    with pytest.raises(ValueError, match=r"x must have shape \(\*, 1\), got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(..., 1\), got \(3, 2\)"):
         energies.from_numpyro(rate, 3)(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"x must have shape \(n, 1\)"):
         energies.from_numpyro(rate, 3).constrain(torch.zeros(1))
@@ -137,3 +137,32 @@ def test_bad_arguments_of_the_export_are_refused():
         draws().to_arviz(["a"])
     with pytest.raises(ValueError, match="resampled must be at least 1, got 0"):
         draws().to_arviz(resampled=0)
+
+
+def discrete():
+    z = numpyro.sample("z", dist.Bernoulli(0.5))
+    numpyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=0.3)
+
+
+def subsampled(data):
+    m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+    with numpyro.plate("n", len(data), subsample_size=5) as rows:
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=data[rows])
+
+
+def optimised():
+    numpyro.sample("m", dist.Normal(0.0, numpyro.param("s", 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "kind", "message"),
+    [
+        (discrete, (), ValueError, "model must have continuous latent .* the discrete one 'z'"),
+        (subsampled, (np.arange(9.0),), ValueError, "plate 'n' with subsample_size 5 of 9"),
+        (optimised, (), ValueError, "got numpyro.param 's'"),
+        (subsampled, (), TypeError, r"arguments must be those of the model \(data\), got 0 by"),
+    ],
+)
+def test_models_without_one_continuous_law_are_refused(model, arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        energies.from_numpyro(model, *arguments)

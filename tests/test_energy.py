@@ -619,7 +619,7 @@ def test_an_energy_without_a_graph_has_no_gradient():
         (
             lambda: MeteredEnergy(quadratic, 2, context_dim=1)(torch.zeros(3, 2), torch.ones(1)),
             ValueError,
-            r"context must be of shape \(3, 1\), got shape \(1,\)",
+            r"context must have shape \(3, 1\), got \(1,\)",
         ),
     ],
 )

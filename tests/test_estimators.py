@@ -74,7 +74,7 @@ def test_equal_weights_are_worth_themselves(n):
 @pytest.mark.parametrize(
     ("log_weight", "message"),
     [
-        (torch.tensor(0.0), r"a weight in every row, got shape \(\)"),
+        (torch.tensor(0.0), r"log_weight must have shape \(..., n\), got \(\)"),
         (torch.zeros(3, 0), r"a weight in every row, got shape \(3, 0\)"),
         (torch.tensor([[0.0, math.nan], [0.0, 0.0]]), "no NaN or .inf, got 1 rows of 2 with one"),
         (torch.tensor([0.0, math.inf]), "no NaN or .inf, got 1 rows of 1 with one"),
@@ -143,7 +143,7 @@ def test_rows_of_zero_weights_alone():
 
 @pytest.mark.bad_input
 def test_posterior_mean_names_a_wrong_shape():
-    with pytest.raises(ValueError, match=r"log_weight must have shape \(2, 3\), .* got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"log_weight must have shape \(2, 3\), got \(2, 4\)"):
         posterior_mean(torch.zeros(2, 3, 1), torch.zeros(2, 4))
 
 

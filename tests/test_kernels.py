@@ -219,7 +219,7 @@ def test_bad_draws_are_named(kernel):
             lambda: AnchoredKernel(torch.zeros(3), -1.0, 1.0, share=1.0),
             r"share must be in \[0, 1\), got 1.0",
         ),
-        (lambda: TruncatedReverseKernel(math.nan, 1.0), "low must be less than high, got nan"),
+        (lambda: TruncatedReverseKernel(math.nan, 1.0), "low must be a number, got nan"),
         (
             lambda: BankKernel(torch.zeros(3)),
             r"points must have shape \(points, dim\), got \(3,\)",

@@ -430,9 +430,7 @@ def test_no_gradient_flows_into_targets_and_weights():
 @pytest.mark.bad_input
 def test_bad_input_is_named():
     x = torch.zeros(3, 2)
-    with pytest.raises(
-        ValueError, match=r"log_weight must have the batch shape \(3,\), got \(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"log_weight must have shape \(3,\), got \(2,\)"):
         mirror_descent_loss(lambda x_t, sigma: x_t, x, 1.0, torch.zeros(2))
     with pytest.raises(ValueError, match=r"denoiser must return x_t's shape \(3, 2\), got \(3,\)"):
         denoising_loss(lambda x_t, sigma: x_t.sum(-1), x, 1.0)

@@ -537,8 +537,11 @@ def test_states_are_not_changed_by_steps():
         (lambda: HMC(1.0, 2, jitter=1.0), "jitter must be"),
         (lambda: ParallelTempering(torch.tensor([0.0, 0.5])), "increase from 0 to 1"),
         (lambda: ParallelTempering(torch.tensor([0.0, 1.0]), scale=-1.0), "scale must be pos"),
-        (lambda: run_mcmc(quadratic, torch.zeros(3), evaluations=100), r"shape \(n, dim\)"),
-        (lambda: run_mcmc(quadratic, torch.ones(3, 2).long(), evaluations=9), "floating-point"),
+        (
+            lambda: run_mcmc(quadratic, torch.zeros(3), evaluations=100),
+            r"x_0 must have shape \(chains, dim\)",
+        ),
+        (lambda: run_mcmc(quadratic, torch.ones(3, 2).bool(), evaluations=9), "real numbers"),
         (lambda: run_mcmc(quadratic, torch.full((3, 2), math.nan), evaluations=9), "be finite"),
         (lambda: run_mcmc(quadratic, torch.ones(3, 2), evaluations=99), "reference_scale must"),
         (lambda: run_mcmc(quadratic, normal(3, 2), evaluations=5), "at least 72 for one step of"),

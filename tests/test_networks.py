@@ -134,7 +134,7 @@ def test_the_state_makes_the_same_network():
         ),
         (
             lambda: MLP(2)(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 4)),
-            "context must have length 0, got 4",
+            r"context must have shape \(1, 0\), got \(1, 4\)",
         ),
     ],
 )

@@ -192,7 +192,7 @@ def test_all_public_functions_are_listed():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: new_figure(0, 1), "rows and columns must be at least 1, got 0 and 1"),
+        (lambda: new_figure(0, 1), "rows must be at least 1, got 0"),
         (lambda: plot_energy(TARGET, (1, -1)), "extent must be .*low below high"),
         (lambda: plot_energy(TARGET, (-1, 1), resolution=1), "resolution must be at least 2"),
         (

@@ -197,12 +197,15 @@ def test_a_mixture_draws_no_more_rows_than_it_needs():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GaussianProposal(torch.zeros(2, 2), 1.0), r"loc must be .* of shape \(2, 2\)"),
-        (lambda: GaussianProposal(torch.zeros(2, dtype=torch.long), 1.0), "got torch.int64"),
+        (
+            lambda: GaussianProposal(torch.zeros(2, 2), 1.0),
+            r"loc must have shape \(dim,\), got \(2, 2\)",
+        ),
+        (lambda: GaussianProposal(torch.zeros(2, dtype=torch.bool), 1.0), "got dtype torch.bool"),
         (lambda: GaussianProposal(torch.zeros(2), 0.0), "scale must be positive, got 0.0"),
         (
             lambda: GaussianProposal(torch.zeros(2), 1.0, coordinates="vp"),
-            "coordinates must be one of .*, got 'vp'",
+            "coordinates must be 'clean' or 'variance_preserving', got 'vp'",
         ),
         (lambda: UniformProposal(torch.zeros(2), torch.ones(3)), r"high must .*, got \(3,\)"),
         (lambda: UniformProposal(torch.ones(2), torch.zeros(2)), "low must be less than high"),

@@ -158,13 +158,13 @@ def test_errors_name_the_nearest_id():
 @pytest.mark.parametrize(
     ("source", "copies", "message"),
     [
-        (3, 1, "env must be an id"),
+        (3, 1, "source must be a string or callable or .*, got 3"),
         ("Pendulum-v1", 0, "num_envs must be at least 1"),
         (Counter(), 2, "num_envs must be 1 for a single environment"),
     ],
 )
 def test_bad_sources(source, copies, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         Environments(source, copies)
 
 

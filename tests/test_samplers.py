@@ -580,7 +580,10 @@ LEVELS = torch.tensor([3.0, 1.0, 0.0])
     [
         (lambda: DDIM(shifted, torch.tensor([1.0]), dim=2), "two levels that end with 0"),
         (lambda: DDIM(shifted, torch.tensor([2.0, 1.0]), dim=2), "end with 0, got"),
-        (lambda: DDIM(shifted, torch.zeros(2, 2), dim=2), "two levels that end with 0"),
+        (
+            lambda: DDIM(shifted, torch.zeros(2, 2), dim=2),
+            r"sigmas must have shape \(levels,\), got",
+        ),
         (lambda: DDIM(shifted, torch.tensor([1.0, 2.0, 0.0]), dim=2), "decrease, got"),
         (lambda: DDIM(shifted, torch.tensor([1.0, -1.0, 0.0]), dim=2), "decrease, got"),
         (lambda: DDIM(shifted, torch.tensor([math.inf, 1.0, 0.0]), dim=2), "be finite"),
@@ -599,7 +602,7 @@ LEVELS = torch.tensor([3.0, 1.0, 0.0])
             lambda: Heun(shifted, LEVELS, dim=2).log_prob(
                 torch.zeros(3, 2), context=torch.zeros(2, 2)
             ),
-            "context must have 3 rows",
+            r"context must have shape \(3, context_dim\), got \(2, 2\)",
         ),
         (
             lambda: Ancestral(shifted, LEVELS, dim=2).sample_with_path_weight(

@@ -225,7 +225,7 @@ def test_the_rates_given_are_not_shared():
         (lambda: EDM(0.1, 1.0).sigmas(0), "num_steps must be at least 1, got 0"),
         (lambda: Cosine(20).sigmas(0), "num_steps must be at least 1, got 0"),
         (lambda: Cosine(20).sigma(21), r"t must lie in \[0, 20\], got 21"),
-        (lambda: Cosine(20).alpha_bar(math.nan), r"t must lie in \[0, 20\], got nan"),
+        (lambda: Cosine(20).alpha_bar(math.nan), r"t must be a finite number, got nan"),
         (lambda: Geometric(0.1, 1.0).time(2.0), r"sigma must lie in \[0.1, 1\], got 2.0"),
     ],
 )

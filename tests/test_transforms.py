@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rsm_sampler.target.coordinates import Affine, Bounds
+from rsm_sampler.target.coordinates import Affine, Bounds, bounds_of
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64
@@ -150,14 +150,17 @@ def test_batch_shapes_state_and_precision():
         (lambda: Bounds(0.0, 1.0, 0), "dim must be at least 1, got 0"),
         (lambda: Bounds(1.0, 1.0, 2), "low below high .* got low .* and high"),
         (lambda: Bounds(INF, INF, 2), "low below high"),
-        (lambda: Bounds(math.nan, 1.0, 2), "low must not be NaN"),
+        (lambda: Bounds(math.nan, 1.0, 2), "low must be a number, got nan"),
         (lambda: Bounds([0.0, 0.0, 0.0], 1.0, 2), r"low must be a number or 2 .* shape \(3,\)"),
         (lambda: Bounds(0.0, torch.ones(2, 1), 2), r"high must be a number or 2 .* \(2, 1\)"),
         (
             lambda: Bounds(1.0, 1.0 + 1e-12, 2).forward(torch.zeros(1, 2)),
             "bounds must be apart in torch.float32",
         ),
-        (lambda: Affine(torch.zeros(2), torch.eye(3)), r"got \(2,\) and \(3, 3\)"),
+        (
+            lambda: Affine(torch.zeros(2), torch.eye(3)),
+            r"scale_tril must have shape \(2, 2\), got \(3, 3\)",
+        ),
         (lambda: Affine(torch.full((2,), INF), torch.eye(2)), "loc must be finite"),
         (lambda: Affine(torch.zeros(2), -torch.eye(2)), "positive diagonal"),
         (lambda: Affine(torch.zeros(2), torch.ones(2, 2)), "lower triangular"),
@@ -202,3 +205,46 @@ def test_affine_takes_the_precision_of_the_points():
     assert torch.equal(again.forward(z), map_.forward(z)) and again.log_det == map_.log_det
     with NoReadBack():
         map_.inverse(map_.forward(z))
+
+
+@pytest.mark.parametrize(
+    ("given", "low", "high"),
+    [
+        ((0.0, 1.0), [0, 0], [1, 1]),
+        ((0.0, [1.0, 2.0]), [0, 0], [1, 2]),
+        (([0.0, 1.0], [2.0, 3.0]), [0, 1], [2, 3]),
+        ((torch.zeros(2), torch.ones(2)), [0, 0], [1, 1]),
+        ([(-5.0, 5.0), (0.0, 1.0)], [-5, 0], [5, 1]),  # as (low, high) it would be no box
+        ([(1.0, 0.0), (3.0, 2.0)], [1, 0], [3, 2]),  # as pairs it would be none
+        ([(0.0, None), (2.0, 3.0)], [0, 2], [math.inf, 3]),
+        ([(0.0, 1.0), (2.0, 3.0), (4.0, 5.0)], [0, 2, 4], [1, 3, 5]),
+        (torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]), [0, 2, 4], [1, 3, 5]),
+        ([(0.0, 1.0)], [0], [1]),
+        (None, [-math.inf], [math.inf]),
+    ],
+)
+def test_bounds_come_in_two_forms(given, low, high):
+    bounds = bounds_of(given, len(low))
+    assert (bounds.low.tolist(), bounds.high.tolist()) == (low, high)
+
+
+def test_bounds_keep_double_precision():
+    assert bounds_of(([2450000.123, 0.1], [2450001.0, 1.0]), 2).low.tolist() == [2450000.123, 0.1]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("given", "dim", "message"),
+    [
+        ([(0.0, 1.0), (2.0, 3.0)], 2, r"write \(\[0.0, 1.0\], \[2.0, 3.0\]\).*\[0.0, 2.0\], \[1"),
+        ([[0.0, 1.0], [2.0, 3.0]], 2, "bounds must have one meaning"),
+        (([0, 0], [1]), 2, r"high must be a number or 2 numbers, got shape \(1,\)"),
+        ((0.0,), 3, r"bounds must be \(low, high\), .* or a list of 3 pairs .*, got \(0.0,\)"),
+        ("ab", 2, "bounds must be .*, got 'ab'"),
+        (3.0, 2, "bounds must be .*, got 3.0"),
+        ((1.0, 0.0), 2, "bounds must have low below high"),
+    ],
+)
+def test_bounds_of_no_or_two_meanings_are_refused(given, dim, message):
+    with pytest.raises(ValueError, match=message):
+        bounds_of(given, dim)

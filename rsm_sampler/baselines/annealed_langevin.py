@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.baselines.standard import location
+from rsm_sampler.checked import checked
 from rsm_sampler.distributed import Team
 from rsm_sampler.montecarlo.markov import GaussianPath, Langevin, normal_like
 from rsm_sampler.target.energy import MeteredEnergy, metered
@@ -33,6 +34,7 @@ from rsm_sampler.target.energy import MeteredEnergy, metered
 __all__ = ["ChainSampler", "langevin"]
 
 
+@checked(skip=("__init__",))
 @dataclass
 class ChainSampler:
     """Chains that are run anew for every call, and counted.
@@ -107,6 +109,7 @@ class ChainSampler:
         return torch.cat(kept)[-n:]
 
 
+@checked(skip=("energy",), above={"scale": 0})
 def langevin(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.baselines.standard import location
+from rsm_sampler.checked import checked
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.montecarlo.run import run_mcmc
 from rsm_sampler.target.energy import MeteredEnergy, metered, particles_of
@@ -22,6 +23,7 @@ from rsm_sampler.trainer_config import TrainerConfig
 __all__ = ["ddpm"]
 
 
+@checked(skip=("energy",), above={"scale": 0})
 def ddpm(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,

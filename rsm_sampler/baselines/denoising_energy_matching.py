@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from rsm_sampler.ancestral import Ancestral
 from rsm_sampler.baselines.standard import StandardEnergy
+from rsm_sampler.checked import checked
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.energy_sampler import ContextLike, EnergySampler, Method, WeightedDraws
 from rsm_sampler.estimators import PosteriorEstimate, ScoreEstimate, score_estimate
@@ -41,6 +42,7 @@ from rsm_sampler.transitions import forward_kernel, sigma_column
 __all__ = ["IDEMConfig", "IDEMSampler", "idem", "idem_score"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class IDEMConfig:
     """How iDEM trains; lengths are in units of the given ``scale``.
@@ -105,6 +107,7 @@ class IDEMConfig:
             )
 
 
+@checked
 def idem_score(
     energy: Callable[..., Tensor],
     x_t: Float[Tensor, "*batch dim"],
@@ -150,6 +153,7 @@ def idem_score(
     return ScoreEstimate(_clipped(found.score, score_clip), found.ess, found.log_mean_weight)
 
 
+@checked(skip=("energy",), above={"scale": 0})
 def idem(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,

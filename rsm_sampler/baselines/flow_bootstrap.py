@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from rsm_sampler.baselines.spline_flow import SplineFlow
 from rsm_sampler.baselines.standard import StandardEnergy
+from rsm_sampler.checked import checked
 from rsm_sampler.energy_sampler import WeightedDraws
 from rsm_sampler.estimators import effective_sample_size, normalise
 from rsm_sampler.montecarlo.markov import HMC, GaussianPath
@@ -48,6 +49,7 @@ __all__ = ["AnnealedDraws", "FABConfig", "FlowSampler", "annealed_draws", "fab",
 _CHUNK = 8192  # draws made at a time; bounds the memory
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class FABConfig:
     """How FAB trains; lengths are in units of the given ``scale``.
@@ -109,6 +111,7 @@ class FABConfig:
             )
 
 
+@checked
 def fab_loss(
     log_prob: Float[Tensor, " n"],
     log_weight: Float[Tensor, " n"],
@@ -151,6 +154,7 @@ def fab_loss(
     return -torch.where(weight > 0, weight * log_prob, 0.0).sum()
 
 
+@checked(finite=("x",), skip=("__init__",))
 @dataclass
 class FlowSampler:
     """Independent draws of a flow, with their density.
@@ -240,6 +244,7 @@ class FlowSampler:
         return WeightedDraws(x, -value - log_prob, value, log_prob)
 
 
+@checked(skip=("energy",), above={"scale": 0})
 def fab(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,
@@ -394,6 +399,7 @@ class _ToSquareRatio(GaussianPath):
         return self.share * gradient - (1 - self.share) * self._flow_at(x)[1]
 
 
+@checked
 @torch.no_grad()
 def annealed_draws(
     target: StandardEnergy,

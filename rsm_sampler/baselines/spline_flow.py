@@ -17,9 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, distributions, nn
 
+from rsm_sampler.checked import checked
+
 __all__ = ["SplineFlow"]
 
 
+@checked
 class SplineFlow(nn.Module):
     """A neural spline flow with coupling layers, and with its own source of randomness.
 

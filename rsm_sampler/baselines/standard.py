@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.distributed import Team
 from rsm_sampler.target.coordinates import Affine, Bounds, Coordinates, MeanFree
 from rsm_sampler.target.energy import MeteredEnergy, metered, particles_of
@@ -19,6 +20,7 @@ from rsm_sampler.target.energy import MeteredEnergy, metered, particles_of
 __all__ = ["StandardEnergy", "location"]
 
 
+@checked(skip=("energy",), above={"scale": 0})
 class StandardEnergy:
     r"""The energy :math:`E(m + s B z)`, each call of which takes a gradient as well.
 
@@ -100,6 +102,7 @@ class StandardEnergy:
         return value.to(z) + ((z - z.detach()) * gradient).sum(-1)
 
 
+@checked
 def location(loc: float | Tensor, dim: int) -> Float[Tensor, " dim"]:
     """A location in double precision, from a number or a vector.
 

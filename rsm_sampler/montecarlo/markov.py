@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.target.energy import MeteredEnergy, metered
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
 Energy = Callable[[Tensor], Tensor]
 
 
+@checked
 class GaussianPath:
     r"""A path of tempered energies from a Gaussian reference to a target.
 
@@ -137,6 +139,7 @@ class ChainState:
         return dataclasses.replace(self, x=x, energy=energy, gradient=gradient)
 
 
+@checked
 class Kernel(ABC):
     """A Markov kernel for a batch of chains.
 
@@ -218,6 +221,7 @@ class Kernel(ABC):
             self.step_size = self.step_size * (gain * excess).exp().to(self.step_size)
 
 
+@checked
 class RandomWalk(Kernel):
     r"""Gaussian random walk with a Metropolis test; needs energy values only.
 
@@ -245,6 +249,7 @@ class RandomWalk(Kernel):
         return _metropolis(state, proposal, state.potential - proposal.potential, generator)
 
 
+@checked
 class HMC(Kernel):
     r"""Hamiltonian Monte Carlo with a unit mass matrix and full momentum refreshment.
 
@@ -317,6 +322,7 @@ class HMC(Kernel):
         return _metropolis(state, proposal, log_ratio, generator)
 
 
+@checked
 class MALA(HMC):
     r"""Metropolis-adjusted Langevin algorithm.
 
@@ -338,6 +344,7 @@ class MALA(HMC):
         return 0.574
 
 
+@checked
 class Langevin(Kernel):
     r"""Unadjusted Langevin: fast, but only close to the target.
 
@@ -388,6 +395,7 @@ def _select(state: ChainState, proposal: ChainState, accept: Tensor) -> ChainSta
     )
 
 
+@checked
 def normal_like(
     x: Float[Tensor, "*shape"], generator: torch.Generator | None = None
 ) -> Float[Tensor, "*shape"]:
@@ -395,6 +403,7 @@ def normal_like(
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
+@checked
 def uniform_like(
     x: Float[Tensor, "*shape"], generator: torch.Generator | None = None
 ) -> Float[Tensor, "*shape"]:

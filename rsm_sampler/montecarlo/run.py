@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.markov import (
     HMC,
     MALA,
@@ -94,6 +95,7 @@ class MCMCResult:
     swap_acceptance: Tensor | None = None
 
 
+@checked(least={"num_leapfrog": 1})
 def run_mcmc(
     energy: Energy | MeteredEnergy,
     x_0: Float[Tensor, "chains dim"],
@@ -286,6 +288,7 @@ class RefineResult:
     evaluations: int
 
 
+@checked(least={"num_leapfrog": 1})
 def refine(
     energy: Energy | MeteredEnergy,
     x: Float[Tensor, "n dim"],

@@ -41,6 +41,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.markov import (
     ChainState,
     Energy,
@@ -55,6 +56,7 @@ from rsm_sampler.target.energy import MeteredEnergy
 __all__ = ["LadderStatistics", "ParallelTempering"]
 
 
+@checked
 class ParallelTempering(Kernel):
     r"""Replica exchange from a Gaussian reference to the target (non-reversible even-odd swaps).
 
@@ -255,6 +257,7 @@ class ParallelTempering(Kernel):
         return dataclasses.replace(state, path=self.path())
 
 
+@checked
 class LadderStatistics:
     """Running sums for log Z, per chain, so that chains give the standard errors.
 

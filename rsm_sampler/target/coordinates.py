@@ -30,14 +30,18 @@ before it.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["Affine", "Bounds", "Coordinates", "MeanFree", "coordinates_of"]
+from rsm_sampler import validation
+from rsm_sampler.checked import checked
+
+__all__ = ["Affine", "Bounds", "Coordinates", "MeanFree", "bounds_of", "coordinates_of"]
 
 
 @runtime_checkable
@@ -69,6 +73,7 @@ class Coordinates(Protocol):
         ...
 
 
+@checked
 def coordinates_of(state: dict[str, Tensor]) -> "Bounds | MeanFree":
     """The coordinates whose ``state_dict`` this is.
 
@@ -80,6 +85,79 @@ def coordinates_of(state: dict[str, Tensor]) -> "Bounds | MeanFree":
     return Bounds(state["low"], state["high"], len(state["low"]))
 
 
+@checked(skip=("given",))
+def bounds_of(given: Any, dim: int) -> "Bounds":  # noqa: ANN401
+    """Bounds in either of the two forms that are in use.
+
+    * ``(low, high)``: each a number, or one number for each coordinate;
+    * one ``(low, high)`` pair for each coordinate, as SciPy has them, with ``None`` for no bound.
+
+    In two dimensions two pairs of numbers can be read in both ways. A tuple of two lists, arrays
+    or tensors is ``(low, high)``. Anything else is taken in the only way in which each low bound
+    lies below its high one, and refused if both ways are possible.
+
+    Arguments:
+        given: The bounds; None for none.
+        dim: Number of coordinates.
+
+    Raises:
+        ValueError: If the bounds fit neither form, or both.
+
+    Example:
+        >>> bounds_of([(0.0, 1.0), (2.0, 3.0), (4.0, None)], 3).high
+        tensor([1., 3., inf], dtype=torch.float64)
+    """
+    if given is None:
+        return Bounds(-math.inf, math.inf, dim)
+    parts = list(given) if isinstance(given, Sequence | np.ndarray | Tensor) else []
+    if isinstance(given, str | bytes) or len(parts) not in {2, dim}:
+        raise _no_bounds(given, dim)
+    if len(parts) != dim or not all(_is_pair(part) for part in parts):
+        if len(parts) != 2 or any(isinstance(part, str | bytes) for part in parts):
+            raise _no_bounds(given, dim)
+        return Bounds(parts[0], parts[1], dim)
+    low = [-math.inf if part[0] is None else part[0] for part in parts]
+    high = [math.inf if part[1] is None else part[1] for part in parts]
+    lists = isinstance(given, tuple) and not any(isinstance(part, tuple) for part in parts)
+    if dim != 2:
+        return Bounds(low, high, dim)
+    if lists or not _is_box(low, high):
+        return Bounds(parts[0], parts[1], dim)
+    if _is_box(parts[0], parts[1]):
+        first, second = ([float(x) for x in part] for part in parts)
+        raise ValueError(
+            f"bounds must have one meaning, got {given}: for low {first} and high {second} write "
+            f"({first}, {second}), a tuple of two lists; for one coordinate in {tuple(first)} and "
+            f"the other in {tuple(second)} write ({[first[0], second[0]]}, "
+            f"{[first[1], second[1]]})"
+        )
+    return Bounds(low, high, dim)
+
+
+def _is_pair(part: object) -> bool:
+    """Whether this may be the two bounds of one coordinate."""
+    sized = isinstance(part, Sequence | np.ndarray | Tensor) and not isinstance(part, str | bytes)
+    if not sized or getattr(part, "ndim", 1) == 0:
+        return False
+    return len(part) == 2  # type: ignore[arg-type]
+
+
+def _is_box(low: Any, high: Any) -> bool:  # noqa: ANN401
+    """Whether every lower bound lies below its upper one; False for what is no numbers."""
+    try:
+        return all(float(a) < float(b) for a, b in zip(low, high, strict=True))
+    except (TypeError, ValueError):
+        return False
+
+
+def _no_bounds(given: object, dim: int) -> ValueError:
+    return ValueError(
+        f"bounds must be (low, high), each a number or {dim} numbers, or a list of {dim} pairs "
+        f"(low, high), got {validation.said(given)}"
+    )
+
+
+@checked(infinite=("low", "high"))
 class Bounds:
     r"""One- and two-sided bounds of single coordinates, removed by a change of variable.
 
@@ -225,6 +303,7 @@ class _Limits:
         self.bounded = self.has_low | self.has_high
 
 
+@checked
 class MeanFree:
     r"""Particles without their centre of mass, in orthonormal coordinates.
 
@@ -300,6 +379,7 @@ class MeanFree:
         return self._like[key]
 
 
+@checked
 class Affine:
     r"""Location and scale, :math:`u = m + L z` with a lower triangular L.
 
@@ -336,6 +416,7 @@ class Affine:
                 f"diagonal {diagonal.tolist()}"
             )
         self.loc, self.scale_tril = loc.detach(), scale_tril.detach()
+        self.dim = len(loc)
         self.log_det = float(self.scale_tril.double().diagonal().log().sum())
         self._like: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -382,8 +463,9 @@ class Affine:
 
 
 def _bound(name: str, value: float | Sequence[float] | Tensor, dim: int) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-    if tensor.dim() > 1 or tensor.numel() not in {1, dim}:
+    double = torch.zeros((), dtype=torch.float64)
+    tensor = validation.tensor(name, value, like=double).detach().to("cpu", torch.float64)
+    if tensor.shape not in {(), (dim,)}:
         raise ValueError(
             f"{name} must be a number or {dim} numbers, got shape {tuple(tensor.shape)}"
         )

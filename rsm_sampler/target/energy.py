@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.target.calls import Calls, EnergyError, well_formed, with_gradient
 
 __all__ = [
@@ -58,6 +59,7 @@ class BudgetExceededError(RuntimeError):
     """A call would evaluate more points than the budget allows, or comes after the deadline."""
 
 
+@checked(skip=("energy", "check"))
 class MeteredEnergy:
     r"""An energy that is counted, checked, and kept within a budget.
 
@@ -395,6 +397,7 @@ class MeteredEnergy:
         return [0, 0, 0] if self._tally is None else self._tally.tolist()
 
 
+@checked(skip=("energy",))
 def metered(
     energy: Callable[..., Tensor] | MeteredEnergy,
     dim: int,
@@ -420,6 +423,7 @@ def metered(
     return MeteredEnergy(energy, dim, context_dim=context_dim, dtype=dtype)
 
 
+@checked(skip=("energy",))
 def particles_of(
     energy: Callable[..., Tensor], given: tuple[int, int] | None
 ) -> tuple[int, int] | None:

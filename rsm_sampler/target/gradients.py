@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.target.energy import EnergyError, MeteredEnergy
 
 __all__ = [
@@ -39,6 +40,7 @@ _PILOT, _FIRST_STEP, _STEP = 64, 1e-2, 0.1
 _TOLERANCE = 0.05
 
 
+@checked
 def value_and_gradient(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch dim"]
 ) -> tuple[Tensor, Float[Tensor, "*batch dim"]]:
@@ -73,6 +75,7 @@ def value_and_gradient(
     return value.detach(), gradient
 
 
+@checked
 def autograd_gradient(
     energy: MeteredEnergy,
     transform: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -135,6 +138,7 @@ def autograd_value_and_gradient(
     return torch.cat(values), torch.cat(pieces)
 
 
+@checked
 def difference_gradient(
     value: Callable[[Tensor], Tensor],
     z: Float[Tensor, "n dim"],
@@ -162,6 +166,7 @@ def difference_gradient(
     return _differences(value, z, step, chunk)
 
 
+@checked
 def difference_curvature(
     value: Callable[[Tensor], Tensor],
     z: Float[Tensor, "n dim"],
@@ -187,6 +192,7 @@ def difference_curvature(
     return _slopes(ends, step), curvature
 
 
+@checked
 def difference_hessian(
     value: Callable[[Tensor], Tensor],
     z: Float[Tensor, "n dim"],
@@ -248,6 +254,7 @@ def _slopes(ends: Tensor, step: Tensor) -> Tensor:
     return torch.where(slope.isfinite().all(-1, keepdim=True), slope, torch.nan)
 
 
+@checked
 def virial_holds(
     z: Float[Tensor, "n dim"], gradient: Float[Tensor, "n dim"], weight: Float[Tensor, " n"]
 ) -> bool:
@@ -270,6 +277,7 @@ def virial_holds(
     return bool((mean - 1).abs() <= _TOLERANCE + 10 * se)
 
 
+@checked
 def differentiable(energy: MeteredEnergy, x: Float[Tensor, "n dim"], purpose: str) -> bool:
     """Whether autograd gives gradients of the energy, tried on two points."""
     try:

@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.run import refine
 from rsm_sampler.target.coordinates import Affine, Coordinates
 from rsm_sampler.target.energy import MeteredEnergy
@@ -101,6 +102,7 @@ class Examinable(Protocol):
         ...
 
 
+@checked(skip=("__init__",))
 @dataclass(frozen=True)
 class Diagnosis:
     """The verdict and what it rests on; print it.
@@ -163,6 +165,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@checked
 def diagnose(
     sampler: Examinable,
     n: int = 8192,
@@ -363,6 +366,7 @@ _PERHAPS = (
 )
 
 
+@checked
 def pareto_shape(log_weight: Float[Tensor, " n"]) -> float:
     r"""Shape k of the generalised Pareto law of the largest importance weights.
 
@@ -385,6 +389,8 @@ def pareto_shape(log_weight: Float[Tensor, " n"]) -> float:
         >>> pareto_shape(torch.zeros(1000)) < 0.1
         True
     """
+    if bool(log_weight.isnan().any()):
+        raise ValueError("log_weight must not be NaN, got NaN among its entries")
     n = len(log_weight)
     tail = min(n // 5, math.ceil(3 * math.sqrt(n)))
     if tail < 5:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.densities import KernelDensity, StudentT
 from rsm_sampler.montecarlo.run import run_mcmc
 from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
@@ -65,6 +66,7 @@ class Witness:
         return MASS_TOLERANCE + 2 * SIGNIFICANT * float(self.masses_se.amax())
 
 
+@checked
 def find_witness(
     energy: Callable[[Tensor], Tensor],
     z: Float[Tensor, "n dim"],
