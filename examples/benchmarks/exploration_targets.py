@@ -329,7 +329,7 @@ class Shell:
 
 
 class Banana:
-    r"""Normal :math:`x_1` of scale s, :math:`x_2 \sim N(b (x_1^2 - s^2), w^2)`, others standard."""
+    r"""Normal :math:`x_1` of scale s, :math:`x_2 \sim N(b (x_1^2 - s^2), w^2)`, rest standard."""
 
     def __init__(self, centre: Tensor, scale: float, bend: float, width: float) -> None:
         self.centre, self.scale, self.bend, self.width = centre, scale, bend, width
