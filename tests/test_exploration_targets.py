@@ -282,7 +282,6 @@ def test_references_belong_to_the_models(name):
     quantiles = np.array(reference["quantiles"])
     assert quantiles.shape == (model.dim, 199) and bool((np.diff(quantiles) > 0).all())
     truth = np.array(reference["truth"])
-    # In 24 coordinates the outer two hundredths are missed but for one time in five.
     assert bool(((truth > quantiles[:, 0]) & (truth < quantiles[:, -1])).all())
     assert reference["log_z_se"] < 0.005 and reference["ess"] > 20_000
     assert reference["log_z"] == pytest.approx(reference["nested_log_z"], abs=0.06)
