@@ -59,13 +59,13 @@ class Answer:
 def explore(monkeypatch):
     """Replaces the exploration: `change(x)` may spoil exact draws, options the rest."""
 
-    def replace(name, change=lambda x: x, shift=0.0, **options):
+    def replace(name, change=lambda x: x, shift=0.0, told={}, **options):  # noqa: B006
         case = targets.get(name)
 
         def fake(energy, dim, *, seed, **arguments):
             x = change(case.draw(5000, torch.Generator().manual_seed(seed)))
             energy(x)
-            assert dim == case.dim and arguments == case.options
+            assert dim == case.dim and arguments == {**case.options, **told}
             log_weight = torch.zeros(len(x), dtype=torch.float64)
             return Answer(x, log_weight, case.log_z + shift, **options)
 
@@ -81,6 +81,11 @@ def test_a_right_answer_is_reached(explore):
     assert record["reached"] and record["within"] and not record["lie"]
     assert record["points"] == 5000 and record["basins"] == 2 and record["tv"] < 0.03
     assert record["log_z_error"] == 0 and record["seconds"] < 60
+
+
+def test_a_budget_is_told(explore):
+    explore("corner_2d", told={"budget": 20_000})
+    assert runner.of_target("explore-20000", "corner_2d", 0)["within"]
 
 
 def test_a_lost_mode_is_a_lie_only_if_trusted(explore):

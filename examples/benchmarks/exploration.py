@@ -7,11 +7,13 @@
     python examples/benchmarks/exploration_page.py                # docs/exploration.md
 
 Modes:
-* ``explore``: :func:`rsm_sampler.explore` with its defaults; ``quick``: the same on four targets
-  in the plane, asked for 10,000 effective draws;
+* ``explore``: :func:`rsm_sampler.explore` with its defaults, ``explore-20000`` and
+  ``explore-10000`` with a budget of so many evaluations; ``quick``: the same on four targets in
+  the plane, asked for 10,000 effective draws;
 * ``fit``: the trainer with its defaults, 20,000 raw draws, the verdict; ``light``: the same with a
   small network and few steps, so that search, witness and verdict are those of the defaults at a
-  fraction of the time; ``b20000`` and ``b10000``: fits with a budget of so many evaluations;
+  fraction of the time; ``b20000`` and ``b10000``: fits with a budget of so many evaluations, of
+  the small network except for posteriors;
 * ``false-alarms``: 40 random mixtures, each examined with a sampler that has the exact denoiser;
   ``sabotage``: 40 samplers broken on purpose (a mode removed, weights off, undertrained);
 * ``peers``: dynesty and nautilus, asked for 10,000 effective draws of the same counted energies.
@@ -31,6 +33,7 @@ import json
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -56,7 +59,9 @@ from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig, metrics
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "results" / "exploration"
 Record = dict[str, Any]
-TARGET_MODES = ("explore", "quick", "fit", "light", "b20000", "b10000")
+TARGET_MODES = (
+    "explore", "explore-20000", "explore-10000", "quick", "fit", "light", "b20000", "b10000"
+)  # fmt: skip
 MODES = (*TARGET_MODES, "false-alarms", "sabotage", "peers")
 QUICK = ("paper", "gmm40", "moons", "rings")
 PEERS = ("gmm40", "eggbox", "spike", "rosen4", "shells2", "eight")
@@ -96,7 +101,8 @@ def coverage_record(case: Case, coverage: Any) -> Record:
             record["excludes"] = bool(share > excluded)
         if hasattr(coverage, "width"):
             record["visible_width"] = float(coverage.width(mode.mass))
-            record["excludes"] |= bool(mode.width > record["visible_width"])
+            wide = bool(mode.width > record["visible_width"])
+            record["excludes"] = wide or record.get("excludes", False)
     return record
 
 
@@ -216,14 +222,14 @@ def of_target(mode: str, name: str, seed: int) -> Record:
     case = get(name)
     head: Record = {"target": name, "set": targets.group_of(name), "dim": case.dim}
     options: Record = {}
-    if mode == "light":
+    budget = "".join(filter(str.isdigit, mode))
+    if budget:
+        options["budget"] = int(budget)
+    if mode == "quick" or mode.startswith("explore"):
+        return judged(case, {**head, **explored(case, seed, **options)})
+    if mode == "light" or (budget and head["set"] != "posteriors"):
         options["config"] = light(case.dim)
-    if mode.startswith("b"):
-        options = {"budget": int(mode[1:]), "config": light(case.dim)}
-    if mode in {"explore", "quick"}:
-        record = explored(case, seed)
-    else:
-        record = fitted(case, seed, **options)
+    record = fitted(case, seed, **options)
     return judged(case, {**head, **record})
 
 
@@ -439,6 +445,7 @@ def run(mode: str, key: str, store: str) -> None:
                 record.update(lie=False, within=False, reached=False)
     if caught:
         record["warnings"] = sorted({str(one.message)[:120] for one in caught})[:5]
+    record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     record["machine"] = {**machine(), "processor": platform.machine()}
     keep(store, key, plain(record))
     shown = {k: v for k, v in plain(record).items() if k not in {"machine", "coverage"}}

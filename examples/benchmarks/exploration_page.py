@@ -54,10 +54,12 @@ LIMITS = {
 }
 MODES = {
     "explore": "`explore`, defaults",
+    "explore-20000": "`explore`, budget 20,000",
+    "explore-10000": "`explore`, budget 10,000",
     "fit": "`fit`, defaults",
     "light": "`fit` of a small network, defaults of search and verdict",
-    "b20000": "`fit` of a small network, budget 20,000",
-    "b10000": "`fit` of a small network, budget 10,000",
+    "b20000": "`fit`, budget 20,000 (a small network, except for posteriors)",
+    "b10000": "`fit`, budget 10,000 (a small network, except for posteriors)",
 }
 
 

@@ -397,7 +397,7 @@ def around_truth(posterior: Posterior, n: int = 20_000, seed: int = 0) -> np.nda
 
 
 def nested(posterior: Posterior, seed: int = 0, live: int = 2000) -> dict[str, Any]:
-    """What nautilus says of log Z after it searched the whole prior."""
+    """What nautilus says of log Z, by ellipsoids alone, after it searched the whole prior."""
     import nautilus
 
     def log_likelihood(x: np.ndarray) -> np.ndarray:
@@ -407,7 +407,7 @@ def nested(posterior: Posterior, seed: int = 0, live: int = 2000) -> dict[str, A
 
     sampler = nautilus.Sampler(
         posterior.transform, log_likelihood, n_dim=posterior.dim, n_live=live, vectorized=True,
-        pass_dict=False, seed=seed,
+        n_networks=0, pass_dict=False, seed=seed,
     )  # fmt: skip
     sampler.run(n_eff=5000, discard_exploration=True, verbose=False)
     return {"nested_log_z": float(sampler.log_z), "nested_evaluations": int(sampler.n_like)}

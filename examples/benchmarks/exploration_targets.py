@@ -1043,7 +1043,7 @@ add("kinds", "spike_aside_10d", normals(
     (0.45, ones(10, 0), 1.0), (0.55, _direction(6, 10, 0.5), 0.1), shift=-3.1
 ))  # fmt: skip
 add("kinds", "spike_aside_6d", normals(
-    (0.7, ones(6, 2), 2.0), (0.3, ones(6, 2) + _direction(7, 6, 0.5), 0.05), shift=11.0
+    (0.7, ones(6, 2), 2.0), (0.3, ones(6, 2) + _direction(7, 6, 0.25), 0.05), shift=11.0
 ))  # fmt: skip
 add("kinds", "signs_6d", normals(
     (0.4, _FOUR[0], 0.5), (0.3, _FOUR[1], 0.8), (0.2, _FOUR[2], 1.0), (0.1, _FOUR[3], 1.2),
