@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.energy_sampler import EnergySampler
+from rsm_sampler.exploration import Exploration, explore
 from rsm_sampler.loggers import JSONLinesLogger, Logger, MemoryLogger, TensorBoardLogger
 from rsm_sampler.target.energy import BudgetExceededError, EnergyError
 from rsm_sampler.trainer import DivergedError, EnergyDiffusionTrainer, Progress
@@ -38,6 +39,7 @@ __all__ = [
     "EnergyDiffusionTrainer",
     "EnergyError",
     "EnergySampler",
+    "Exploration",
     "JSONLinesLogger",
     "Logger",
     "MemoryLogger",
@@ -45,6 +47,7 @@ __all__ = [
     "TensorBoardLogger",
     "TrainerConfig",
     "__version__",
+    "explore",
 ]
 
 _ROOMS = ("energies", "rl")

@@ -22,8 +22,8 @@ from rsm_sampler.ancestral import Ancestral, Multistep
 from rsm_sampler.denoisers import Denoiser
 from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.flows import DDIM, Heun
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.montecarlo.run import RefineResult, refine
+from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.samplers import Langevin, Sampler
 from rsm_sampler.schedules import EDM
 from rsm_sampler.target.coordinates import Affine, Coordinates, MeanFree, coordinates_of

@@ -43,7 +43,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.transitions import isotropic_log_prob, sigma_column
 
 __all__ = [

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.transitions import forward_kernel, sigma_column, variance_exploding
 
 __all__ = [

@@ -2,8 +2,7 @@ r"""From an energy to a sampler: the training loop.
 
 :meth:`EnergyDiffusionTrainer.fit` does, in this order,
 
-1. **search** (:mod:`rsm_sampler.bank.search`): location, scale and a bank of weighted points, from
-   energy values alone;
+1. **search** (:mod:`rsm_sampler.bank.explorer`): location, scale and a bank of weighted points;
 2. **train** in cycles, each with a learning rate that falls to zero and a running mean of the
    weights. With ``loss="mirror-descent"`` a step draws clean points from the bank by their
    weights and regresses on them: loss (13), whose weights :math:`e^{-E}/\pi` are realised by
@@ -498,11 +497,17 @@ class EnergyDiffusionTrainer:
                 "log_z_se": bank.log_z_se,
                 "ess": bank.ess,
                 "method": bank.method,
+                **self._seen(),
             },
             [dict(record) for record in self.history],
             dict(self.energy.counts),
             None if self.contexts is None else self.contexts.draw,
         )
+
+    def _seen(self) -> dict[str, Any]:
+        """What the search saw, in plain values: for the file of the sampler."""
+        found = self.supply.found
+        return {} if found is None else found.record(self.coordinates)
 
     # ------------------------------------------------------------------ search
 

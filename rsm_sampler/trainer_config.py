@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.bank.search import FEW_DIMENSIONS
+from rsm_sampler.bank.plan import FEW_DIMENSIONS
 from rsm_sampler.energy_sampler import EXACT_DENSITY
 
 __all__ = ["Sizes", "TrainerConfig"]
@@ -34,7 +34,9 @@ class TrainerConfig:
 
     Attributes:
         search_evaluations: Energy evaluations of the search before the bank, without a budget.
-        bank_size: Energy evaluations of the bank, without a budget.
+        bank_size: Most energy evaluations of the bank, without a budget.
+        bank_ess: Effective points of the bank that are enough.
+        search_starts: Most independent starts of the search for basins.
         chain_evaluations: Energy evaluations of the chains that take the bank's place in high
             dimensions, without a budget. Before, looking for basins takes a third as many; by
             values alone and beyond twelve dimensions d / 5 times as much, at most twenty times.
@@ -74,6 +76,8 @@ class TrainerConfig:
 
     search_evaluations: int = 120_000
     bank_size: int = 250_000
+    bank_ess: float = 100_000.0
+    search_starts: int = 384
     chain_evaluations: int = 1_000_000
     round_draws: int = 65_536
     bank_contexts: int = 1024
@@ -100,6 +104,8 @@ class TrainerConfig:
         for name in (
             "search_evaluations",
             "bank_size",
+            "bank_ess",
+            "search_starts",
             "chain_evaluations",
             "round_draws",
             "bank_contexts",

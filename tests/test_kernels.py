@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from rsm_sampler.box_kernel import AnchoredKernel, TruncatedReverseKernel, _tail_depth
 from rsm_sampler.estimators import posterior_estimate
 from rsm_sampler.kernels import BankKernel, GaussianReferenceKernel, ReverseKernel
-from rsm_sampler.montecarlo.resampling import stratified_indices
+from rsm_sampler.montecarlo.weights import stratified_indices
 from rsm_sampler.schedules import Cosine, Linear, VariancePreserving
 from rsm_sampler.transitions import (
     forward_kernel,

@@ -55,8 +55,8 @@ from rsm_sampler.baselines import (
     idem,
     langevin,
 )
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.montecarlo.run import refine, run_mcmc
+from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.target.coordinates import Bounds, Coordinates, MeanFree
 from rsm_sampler.target.energy import MeteredEnergy
 

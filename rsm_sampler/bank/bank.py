@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.montecarlo.densities import Density, density_from_state, weighted_moments
+from rsm_sampler.montecarlo.weights import LogWeights
 
 __all__ = ["Bank", "Evaluate"]
 
 Evaluate = Callable[[Tensor, Tensor | None], Tensor]
 """Energy of points (n, dim) with contexts (n, context_dim) or None, in unbounded coordinates."""
+
+
+_HEAVY = 0.5  # Pareto shape beyond which weights have no variance
 
 
 @dataclass
@@ -60,11 +63,14 @@ class Bank:
         cls, points: Tensor, log_weight: Tensor, context: Tensor | None, density: Density
     ) -> "Bank":
         """A bank of independent draws with exact weights; it works out the rest."""
-        columns = log_weight.shape[1]
-        row_ess = effective_sample_size(log_weight)
-        row_log_z = torch.logsumexp(log_weight, -1) - math.log(columns)
-        relative = ((columns / row_ess - 1) / columns).clamp(min=0)
-        loc, scale_tril = weighted_moments(points, torch.softmax(log_weight, -1) / len(log_weight))
+        weights = LogWeights(log_weight)
+        loc, scale_tril = weighted_moments(points, weights.normalised() / len(log_weight))
+        # A heavy tail hides a part of Z that the spread of the weights seen does not show.
+        hidden = 0.0
+        row = LogWeights(log_weight[0])
+        if context is None and row.pareto_shape() > _HEAVY:
+            hidden = min(1.0, row.unseen())
+        error = float(weights.log_mean_se().mean()) / math.sqrt(len(log_weight))
         return cls(
             points=points,
             log_weight=log_weight,
@@ -72,9 +78,9 @@ class Bank:
             loc=loc,
             scale_tril=scale_tril,
             method="bank",
-            log_z=float(row_log_z.mean()),
-            log_z_se=float(relative.sqrt().mean() / math.sqrt(len(row_ess))),
-            ess=float(row_ess.sum()),
+            log_z=float(weights.log_mean().mean()),
+            log_z_se=math.hypot(error, hidden),
+            ess=float(weights.ess().sum()),
             density=density,
         )
 
@@ -106,7 +112,10 @@ class Bank:
         """The bank with n more draws of the same density; without contexts only."""
         assert self.density is not None and self.context is None
         x = self.density.sample(n, generator)
-        log_weight = -evaluate(x, None).to(x.dtype) - self.density.log_prob(x)
+        energy = evaluate(x, None).to(x.dtype)
+        log_weight = torch.where(
+            energy < torch.inf, -energy - self.density.log_prob(x), -torch.inf
+        )
         return Bank.of_draws(
             torch.cat([self.points, x[None]], 1),
             torch.cat([self.log_weight, log_weight[None]], 1),

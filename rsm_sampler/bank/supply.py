@@ -8,31 +8,33 @@ stay those of the first bank.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rsm_sampler.bank.bank import Bank
-from rsm_sampler.bank.search import FEW_DIMENSIONS, search
+from rsm_sampler.bank.conditional import conditional_bank
+from rsm_sampler.bank.explorer import Found, explore_problem
+from rsm_sampler.bank.plan import FEW_DIMENSIONS, Plan
+from rsm_sampler.bank.sources import BankSource
 from rsm_sampler.energy_sampler import EnergySampler
 from rsm_sampler.estimators import effective_sample_size
-from rsm_sampler.montecarlo.basins import Slope
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, next_beta
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.montecarlo.run import run_mcmc
+from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.target.contexts import Contexts
 from rsm_sampler.target.coordinates import Affine, Coordinates, MeanFree
 from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.target.gradients import (
     GradientMethod,
     autograd_gradient,
-    difference_curvature,
     difference_gradient,
     differentiable,
     virial_holds,
 )
+from rsm_sampler.target.problem import Problem
 from rsm_sampler.trainer_config import TrainerConfig
 
 __all__ = ["Batch", "Supply"]
@@ -44,8 +46,6 @@ _LEAST_HELPED = 512  # points with gradients
 _HARDLY_DRAWN = 1e-3  # weight of a point, in equal shares
 _NEARLY_NORMAL = 8.0  # times an inverse stiffness: squared noise up to which posteriors are so
 _RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
-_FINE, _PROBE = 1e-3, 1e-2  # of the broad law's widths, for differences on the way down
-_CHEAP, _DEAREST = 10, 20.0  # evaluations of a slope; times as many for basins, at most
 _LEAPFROG, _MOVES = 10, 100  # steps of a move of theirs, unless there would be fewer moves
 
 
@@ -75,8 +75,11 @@ class Supply:
         generator: Source of randomness.
         contexts: The law of contexts, if there are any.
         gradients: Where gradients come from.
+        sources: Ways to propose a bank's law; the library's own if None.
 
     Attributes:
+        problem: The energy in unbounded coordinates.
+        found: What the search saw; None before it, and with contexts.
         bank: The bank; None before there is one.
         affine: From z to unbounded coordinates.
         context: Contexts of the bank's rows, or None.
@@ -95,9 +98,13 @@ class Supply:
         *,
         contexts: Contexts | None,
         gradients: GradientMethod,
+        sources: Sequence[BankSource] | None = None,
     ) -> None:
         self.energy, self.coordinates, self.config = energy, coordinates, config
         self.generator, self.contexts, self.gradients = generator, contexts, gradients
+        self.sources = sources
+        self.problem = Problem(energy, coordinates, contexts=contexts, gradients=gradients)
+        self.found: Found | None = None
         self.bank: Bank | None = None
         self.affine = Affine.identity(coordinates.reduced)
         self.context: Tensor | None = None
@@ -127,49 +134,54 @@ class Supply:
             scale: Width to look at.
             report: Receives the name of each phase.
         """
-        evaluations, bank_size = self.config.search_evaluations, self.config.bank_size
-        chains = self.config.chain_evaluations
-        if self.energy.remaining is not None:
-            free = int(share * max(256, self.energy.remaining - reserve))
-            evaluations = min(evaluations, int(0.35 * free))
-            bank_size = min(bank_size, free - evaluations)
-            chains = min(chains, (free - evaluations) // 2)  # as much for gradients and rounds
-            chains = max(chains, LEAST_EVALUATIONS)  # the door lets no smaller budget in
+        config, remaining = self.config, self.energy.remaining
+        free = None if remaining is None else int(share * max(256, remaining - reserve))
+        plan = Plan.within(
+            self.coordinates.reduced,
+            evaluations=config.search_evaluations,
+            bank=config.bank_size,
+            chains=config.chain_evaluations,
+            ess=config.bank_ess,
+            starts=config.search_starts,
+            slope_cost=self._slope_cost(),
+            free=free,
+        )
+        phase = lambda text: report(f"search: {text}")  # noqa: E731
+        if self.contexts is not None:
+            rows = min(config.bank_contexts, max(1, plan.bank // 128))
+            bank = conditional_bank(
+                self.problem, plan, rows, self.generator, centre=centre, scale=scale, report=phase
+            )
+            self.adopt(self._helped(bank, reserve, report))
+            return
         relaxing = 0
         if isinstance(self.coordinates, MeanFree) and self.coordinates.reduced > FEW_DIMENSIONS:
-            relaxing = int(_RELAXING * chains)
-            relaxing = relaxing if chains - relaxing >= LEAST_EVALUATIONS else 0
-        slope, cost = self._slope()
-        basins = (chains - relaxing) // 3
-        if self.coordinates.reduced > FEW_DIMENSIONS and cost > _CHEAP:
-            most = int(basins * min(_DEAREST, cost / _CHEAP))
-            if self.energy.remaining is not None:
-                most = min(most, (free - evaluations - chains) // 2)
-            basins = max(basins, most)
-        rows = 1
-        if self.contexts is not None:
-            rows = min(self.config.bank_contexts, max(1, bank_size // 128))
-        bank = search(
-            self._value,
-            self.coordinates.reduced,
-            evaluations=evaluations,
-            bank_size=bank_size,
-            chain_evaluations=chains - relaxing,
-            basin_evaluations=basins,
-            slope=slope,
-            slope_cost=cost,
-            generator=self.generator,
-            draw_context=None if self.contexts is None else self._scattered,
-            rows=rows,
+            relaxing = int(_RELAXING * plan.chains)
+            relaxing = relaxing if plan.chains - relaxing >= LEAST_EVALUATIONS else 0
+            plan = dataclasses.replace(plan, chains=plan.chains - relaxing)
+        self.found = explore_problem(
+            self.problem,
+            plan,
+            self.generator,
             centre=centre,
             scale=scale,
-            check=self.energy.check,
-            report=lambda text: report(f"search: {text}"),
+            sources=self.sources,
+            report=phase,
         )
+        bank = self.found.bank
         if relaxing and bank.method == "chains":
             report("search: particles come to rest")
             bank = self._relaxed(bank, relaxing)
         self.adopt(self._helped(bank, reserve, report))
+
+    def _slope_cost(self) -> int:
+        """Evaluations of an energy with its gradient, tried at the origin."""
+        if self.contexts is not None or isinstance(self.coordinates, MeanFree):
+            return 1
+        origin = torch.zeros(
+            2, self.coordinates.reduced, dtype=torch.float64, device=self.generator.device
+        )
+        return self.problem.slope_cost(origin)
 
     def _relaxed(self, bank: Bank, evaluations: int) -> Bank:
         """What chains that move by themselves visit, begun where the population of a bank ended.
@@ -190,7 +202,7 @@ class Supply:
             return bank
         before = self.energy.evaluations
         walked = run_mcmc(
-            self._value,
+            self.problem.potential,
             start,
             method="hmc" if works else "rw",
             num_leapfrog=leapfrog,
@@ -255,7 +267,7 @@ class Supply:
         if more < 0.5 * bank.points.shape[1]:
             return False
         report("search: larger bank")
-        self.adopt(bank.extended(more, self._value, self.generator))
+        self.adopt(bank.extended(more, self.problem.potential, self.generator))
         return True
 
     def renew(self, sampler: EnergySampler, ess: float, reserve: int, report: Report) -> bool:
@@ -353,7 +365,7 @@ class Supply:
             )
         else:
             found = difference_gradient(
-                lambda z: self._value(affine.forward(z), purpose="gradients"), z[chosen]
+                lambda z: self.problem.potential(affine.forward(z), purpose="gradients"), z[chosen]
             )
         if not virial_holds(z[chosen], found, torch.softmax(bank.log_weight[0][chosen], 0)):
             return bank
@@ -363,49 +375,7 @@ class Supply:
         )
         return dataclasses.replace(bank, gradient=gradient[None])
 
-    def _slope(self) -> tuple[Slope | None, int]:
-        """Gradients in unbounded coordinates, for the search, and what one costs."""
-        dim = self.coordinates.reduced
-        if self.gradients == "none" or self.contexts is not None:
-            return None, 0
-        few = dim <= FEW_DIMENSIONS
-        if few and isinstance(self.coordinates, MeanFree):  # what turns freely has no basins
-            return None, 0
-        by_values = self.gradients == "differences" or (few and self.gradients == "auto")
-        if not by_values:
-            x = self.coordinates.forward(torch.zeros(2, dim, device=self.generator.device))[0]
-            by_values = not differentiable(self.energy, x, "search")
-
-        def slope(u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-            if by_values:
-                return difference_gradient(self._value, u, step=_FINE * scale.diagonal()), None
-            forward = self.coordinates.forward
-            single = self.coordinates.single
-            return autograd_gradient(
-                self.energy, forward, u, purpose="search", single=single
-            ), None
-
-        def curved(u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-            return difference_curvature(self._value, u, step=_PROBE * scale.norm(dim=-1))
-
-        if by_values and not few:  # where a step is dear, curvatures save most of them
-            return curved, 2 * dim + 1
-        return slope, 2 * dim if by_values else 2
-
     def _affine(self, bank: Bank) -> Affine:
         affine = Affine(bank.loc, bank.scale_tril)
         # What has no direction keeps none.
         return affine.isotropic() if isinstance(self.coordinates, MeanFree) else affine
-
-    def _value(
-        self, u: Tensor, context: Tensor | None = None, *, purpose: str = "search"
-    ) -> Tensor:
-        """Energy of unbounded coordinates."""
-        x, log_det = self.coordinates.forward(u)
-        single = None if context is None else context.float()
-        value = self.energy(self.coordinates.single(x), single, purpose=purpose)
-        return value.double() - log_det
-
-    def _scattered(self, n: int) -> Tensor:
-        assert self.contexts is not None
-        return self.contexts.scattered(n, self.generator)

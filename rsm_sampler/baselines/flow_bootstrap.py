@@ -40,7 +40,7 @@ from rsm_sampler.baselines.standard import StandardEnergy
 from rsm_sampler.energy_sampler import WeightedDraws
 from rsm_sampler.estimators import effective_sample_size, normalise
 from rsm_sampler.montecarlo.markov import HMC, GaussianPath
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 from rsm_sampler.target.energy import MeteredEnergy, metered
 
 __all__ = ["AnnealedDraws", "FABConfig", "FlowSampler", "annealed_draws", "fab", "fab_loss"]

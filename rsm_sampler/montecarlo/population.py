@@ -39,9 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_sampler.estimators import effective_sample_size
 from rsm_sampler.montecarlo.densities import StudentT, weighted_moments
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
+from rsm_sampler.montecarlo.weights import LogWeights, cumulative_weight, stratified_indices
 
 __all__ = ["Visited", "next_beta", "sequential_monte_carlo"]
 
@@ -309,15 +308,6 @@ def next_beta(work: Tensor, beta: float, least: float) -> float:
         beta: The present one.
         least: Effective sample size to keep, in points.
     """
-
-    def ess(new: float) -> float:
-        log_weight = torch.where(work < torch.inf, -(new - beta) * work, -torch.inf)
-        return float(effective_sample_size(log_weight))
-
-    if ess(1.0) >= least:
-        return 1.0
-    low, high = beta, 1.0
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess(middle) >= least else (low, middle)
-    return max(low, beta * 1.000001, 1e-12)
+    whole = LogWeights(torch.where(work < torch.inf, -(1.0 - beta) * work, -torch.inf))
+    step = (1.0 - beta) * whole.largest_power(least)
+    return 1.0 if beta + step >= 1.0 else max(beta + step, beta * 1.000001, 1e-12)

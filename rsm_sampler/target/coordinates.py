@@ -5,7 +5,7 @@ works on :math:`z \in \mathbb R^d` with mean about 0 and covariance about the id
 
 .. math:: u = m + L z, \qquad x = b(u),
 
-with :math:`m, L` found by the search (:mod:`rsm_sampler.bank.search`) and :math:`b` applied to
+with :math:`m, L` found by the search (:mod:`rsm_sampler.bank.explorer`) and :math:`b` applied to
 each coordinate. With the logistic function :math:`\varsigma(u) = 1 / (1 + e^{-u})`,
 
 ================= ================================ ======================================

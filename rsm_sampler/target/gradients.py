@@ -25,6 +25,7 @@ from rsm_sampler.target.energy import EnergyError, MeteredEnergy
 __all__ = [
     "GradientMethod",
     "autograd_gradient",
+    "autograd_value_and_gradient",
     "difference_curvature",
     "difference_gradient",
     "difference_hessian",
@@ -94,15 +95,43 @@ def autograd_gradient(
     Raises:
         EnergyError: If autograd cannot differentiate the energy.
     """
-    pieces = []
+    return autograd_value_and_gradient(
+        energy, transform, z, purpose=purpose, single=single, chunk=chunk
+    )[1]
+
+
+def autograd_value_and_gradient(
+    energy: MeteredEnergy,
+    transform: Callable[[Tensor], tuple[Tensor, Tensor]],
+    z: Float[Tensor, "n dim"],
+    *,
+    purpose: str = "training",
+    single: Callable[[Tensor], Tensor] = Tensor.double,
+    chunk: int = 4096,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n dim"]]:
+    """Energies of x less the volume of the transform, and their gradients with respect to z.
+
+    Arguments:
+        energy: The energy in the coordinates x; two evaluations a point.
+        transform: From z to x and the log-determinants.
+        z: Points.
+        purpose: The energy's account.
+        single: How points x come into the precision of the energy.
+        chunk: Points at a time.
+
+    Raises:
+        EnergyError: If autograd cannot differentiate the energy.
+    """
+    values, pieces = [], []
     for piece in z.split(chunk):
         with torch.enable_grad():
             leaf = piece.detach().clone().requires_grad_()
             x, log_det = transform(leaf)
-            _, slope = energy.value_and_gradient(single(x.detach()), purpose=purpose)
+            value, slope = energy.value_and_gradient(single(x.detach()), purpose=purpose)
             pulled = (x * slope.to(x)).sum() - log_det.sum()
             pieces.append(torch.autograd.grad(pulled, leaf)[0])
-    return torch.cat(pieces)
+            values.append(value.to(z) - log_det.detach())
+    return torch.cat(values), torch.cat(pieces)
 
 
 def difference_gradient(

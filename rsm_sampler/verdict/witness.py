@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.montecarlo.densities import KernelDensity, StudentT
-from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.montecarlo.run import run_mcmc
+from rsm_sampler.montecarlo.weights import cumulative_weight, stratified_indices
 
 __all__ = ["Witness", "find_witness"]
 

@@ -1,0 +1,209 @@
+r"""Every basin of the energy that any phase of exploration has seen.
+
+A basin is a minimum with the curvature there. An end x of a descent belongs to it if it lies
+within three widths of the minimum and its energy is what the curvature says,
+
+.. math:: q = \tfrac12 (x - m)^\top H (x - m) \le \tfrac92, \qquad |E(x) - E(m) - q| \le 1.
+
+How many *independent*
+starts ended in each basin says what could still be missing
+(:mod:`rsm_sampler.verdict.coverage`); starts that were chosen with what is known do not count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsm_sampler.target.problem import Problem
+
+__all__ = ["Basin", "Ledger"]
+
+_WITHIN = 4.5  # nats above the minimum: three widths
+_SLACK = 1.0  # nats that a descent may have left
+_WIDEST = 4.0  # widths of a basin, in units of the broad law's
+_SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
+_NEWTON = 3
+_STEEPEST = 1e24  # curvature, in inverse squares of the widest
+_MOST = 64  # basins with a curvature
+
+
+@dataclass
+class Basin:
+    """One basin.
+
+    Attributes:
+        x: Its minimum, in unbounded coordinates, (dim).
+        energy: The energy there, in nats.
+        factor: A root of the inverse curvature there, (dim, dim).
+        starts: Independent starts that ended in it.
+        others: Other starts that did: of line scans, of populations.
+        mass: Estimate of its share of the target; NaN before there is one.
+        mass_se: Its standard error.
+        scanned: Whether lines through it were looked along.
+    """
+
+    x: Tensor
+    energy: float
+    factor: Tensor
+    starts: int = 0
+    others: int = 0
+    mass: float = float("nan")
+    mass_se: float = float("nan")
+    scanned: bool = False
+
+
+class Ledger:
+    """The basins of a problem, found so far.
+
+    Arguments:
+        problem: The problem.
+
+    Attributes:
+        basins: The basins, in the order in which they were found.
+        starts: Independent starts of finite energy so far.
+        lost: Of these, how many came to rest in no basin.
+        full: Whether there are more basins than can be held: the minima form a continuum, or are
+            too many to find.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.basins: list[Basin] = []
+        self.starts = self.lost = 0
+        self.full = False
+
+    @property
+    def alone(self) -> int:
+        """Basins in which a single independent start ended."""
+        return sum(basin.starts == 1 for basin in self.basins)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether most starts found a basin of their own: there are too many to find.
+
+        The share of starts that are alone in theirs estimates the chance that one more finds
+        another (Good, 1953, https://doi.org/10.1093/biomet/40.3-4.237).
+        """
+        return self.full or (self.starts > 0 and self.alone + self.lost > 0.6 * self.starts)
+
+    def add(
+        self,
+        x: Float[Tensor, "n dim"],
+        energy: Float[Tensor, " n"],
+        width: Float[Tensor, " dim"],
+        *,
+        independent: bool,
+    ) -> int:
+        """Enter ends of descents.
+
+        Arguments:
+            x: Ends that came to rest.
+            energy: Their energies.
+            width: The order of magnitude of the law's widths.
+            independent: Whether they started independently of what was known.
+
+        Returns:
+            How many new basins there are.
+        """
+        before = len(self.basins)
+        free = energy.argsort()
+        for basin in self.basins:
+            free = self._taken(basin, x, energy, free, independent)
+        while len(free):
+            if len(self.basins) >= _MOST:
+                self.full = True
+                if independent:
+                    self.lost += len(free)
+                break
+            basin = self._basin(x[free[0]], float(energy[free[0]]), width)
+            if basin is None:  # a saddle: nothing ends there for long
+                self.lost += int(independent)
+                free = free[1:]
+                continue
+            self.basins.append(basin)
+            # The first belongs to it, wherever Newton's steps have led.
+            if independent:
+                basin.starts += 1
+            else:
+                basin.others += 1
+            free = self._taken(basin, x, energy, free[1:], independent)
+        if independent:
+            self.starts += len(x)
+        return len(self.basins) - before
+
+    def _taken(
+        self, basin: Basin, x: Tensor, energy: Tensor, free: Tensor, independent: bool
+    ) -> Tensor:
+        """What is left of the free ends when a basin has taken its own."""
+        if len(free) == 0:
+            return free
+        z = torch.linalg.solve(basin.factor, (x[free] - basin.x).mT).mT
+        square = 0.5 * z.square().sum(-1)
+        rise = energy[free] - basin.energy
+        same = (square <= _WITHIN) & ((rise - square).abs() <= _SLACK)
+        if bool(same.any()):
+            lowest = free[same][energy[free[same]].argmin()]
+            if float(energy[lowest]) < basin.energy:
+                basin.x, basin.energy = x[lowest].clone(), float(energy[lowest])
+        if independent:
+            basin.starts += int(same.sum())
+        else:
+            basin.others += int(same.sum())
+        return free[~same]
+
+    def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
+        """The basin of a point at rest, by Newton's method and the curvature; None at a saddle."""
+        problem = self.problem
+        factor, lowest = self._along(x, (_SMALL * width).diag(), width)
+        if lowest < -1:
+            return None
+        for _ in range(_NEWTON):
+            _, slope = problem.value_and_slope(x[None], width)
+            step = factor @ (factor.mT @ slope[0])
+            length = float(torch.linalg.solve(factor, step).norm())
+            if not length > 1e-3:
+                break
+            trial = x - step / max(1.0, length)
+            lower = float(problem.potential(trial[None]))
+            if not lower < energy:
+                break
+            x, energy = trial, lower
+        factor, lowest = self._along(x, _STEP * factor, width)
+        return None if lowest < -1 else Basin(x, energy, factor)
+
+    def factor(
+        self, x: Float[Tensor, " dim"], width: Float[Tensor, " dim"]
+    ) -> Float[Tensor, "dim dim"]:
+        """A root of the inverse curvature at any point, no direction of it wider than 4 widths.
+
+        Arguments:
+            x: The point.
+            width: The order of magnitude of the law's widths.
+        """
+        axes, _ = self._along(x, (_SMALL * width).diag(), width)
+        return self._along(x, _STEP * axes, width)[0]
+
+    def _along(self, x: Tensor, axes: Tensor, width: Tensor) -> tuple[Tensor, float]:
+        """A root of the inverse curvature, from differences of slopes along the columns of axes.
+
+        No direction is wider than a few widths of the broad law: where the energy is flat, or
+        falls, the curvature says nothing. The lowest curvature comes with it, in units of the
+        one of that width.
+        """
+        steps = axes.mT
+        ends = torch.cat([x + steps, x - steps])
+        value, slope = self.problem.value_and_slope(ends, width)
+        ahead, behind = slope.view(2, *steps.shape)
+        known = value.isfinite().view(2, -1).all(0)
+        # Rows: change of the slope along each axis; in units of the axes.
+        hessian = 0.5 * (ahead - behind) @ axes
+        hessian = torch.where(known[:, None] & known, hessian, 0.0)
+        hessian = 0.5 * (hessian + hessian.mT)
+        # Widths of the axes, for the clamp.
+        least = ((axes / width[:, None]).square().sum(0) / _WIDEST**2).clamp(min=1e-300)
+        scaled = (hessian / (least[:, None] * least).sqrt()).nan_to_num(0.0, 0.0, 0.0)
+        curvature, vectors = torch.linalg.eigh(scaled.clamp(-_STEEPEST, _STEEPEST))
+        vectors = vectors * curvature.clamp(min=1.0).rsqrt()
+        return (axes / least.sqrt()) @ vectors, float(curvature[0])

@@ -1,0 +1,180 @@
+r"""Adapting a mixture to weighted points: population Monte Carlo.
+
+Expectation and maximisation over points :math:`x_i` of weights :math:`w_i` (sum one), with
+:math:`r_{ik} = w_i\, a_k t_k(x_i) / \sum_l a_l t_l(x_i)`:
+
+.. math:: a_k = \sum_i r_{ik}, \quad m_k = \sum_i r_{ik} x_i / a_k, \quad
+    S_k = \sum_i r_{ik} (x_i - m_k)(x_i - m_k)^\top / a_k.
+
+What few points say is mixed with what the component was before, with trust
+:math:`n_k / (n_k + 2 d)` in :math:`n_k = a_k^2 / \sum_i r_{ik}^2` effective points.
+
+References:
+    | Adaptive importance sampling in general mixture classes (Cappé et al., 2008)
+    | https://doi.org/10.1007/s11222-008-9059-x
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsm_sampler.montecarlo.densities import Density, Mixture
+
+__all__ = ["allocated", "cholesky", "extended", "refitted", "split"]
+
+_LEAST_SHARE = 0.02  # of a component, in equal shares: it stays in sight
+_DROPPED = 1e-3  # likewise: it is given up
+_NEARBY = 1e-5  # responsibility below which a point says nothing of a component
+_APART = 0.5  # of its standard deviation, each half of a split component moves
+
+
+def cholesky(covariance: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """Cholesky factors, with a relative jitter of 1e-10 on the diagonal."""
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-300)
+    return torch.linalg.cholesky(covariance + 1e-10 * diagonal.diag_embed())
+
+
+def refitted(
+    mixture: Mixture,
+    x: Float[Tensor, "n dim"],
+    weight: Float[Tensor, " n"],
+    *,
+    steps: int = 4,
+    broad: Density | None = None,
+) -> Mixture:
+    """The mixture after steps of expectation and maximisation.
+
+    Arguments:
+        mixture: The mixture to start from.
+        x: Points.
+        weight: Their weights, of sum one.
+        steps: Number of steps.
+        broad: A new defensive component; the old one if None.
+    """
+    dim = x.shape[-1]
+    broad = mixture.broad if broad is None else broad
+    for _ in range(steps):
+        _, terms = mixture.log_probs(x)
+        own = torch.softmax(terms, -1)
+        share = weight @ own
+        kept = (share > _DROPPED / len(share)).nonzero()[:, 0]
+        loc, tril = [], []
+        for k in kept.tolist():
+            near = (own[:, k] > _NEARBY).nonzero()[:, 0]
+            r = weight[near] * own[near, k]
+            total = r.sum().clamp(min=1e-300)
+            effective = total.square() / r.square().sum().clamp(min=1e-300)
+            r = r / total
+            mean = torch.lerp(mixture.loc[k], r @ x[near], effective / (effective + 4))
+            gap = x[near] - mean
+            covariance = (r[:, None] * gap).mT @ gap
+            before = mixture.scale_tril[k] @ mixture.scale_tril[k].mT
+            loc.append(mean)
+            tril.append(torch.lerp(before, covariance, effective / (effective + 2 * dim)))
+        share = share[kept].clamp(min=_LEAST_SHARE / len(kept))
+        mixture = Mixture(
+            share / share.sum(),
+            torch.stack(loc),
+            cholesky(torch.stack(tril)),
+            broad,
+            mixture.df,
+            share=mixture.share,
+        )
+    return mixture
+
+
+def split(mixture: Mixture, most: int) -> Mixture:
+    """Components of more than a quarter of an equal share in two, along their longest axes.
+
+    Mean and covariance of the pair are those of the component.
+
+    Arguments:
+        mixture: The mixture.
+        most: Most components of the result.
+    """
+    number = len(mixture.loc)
+    order = mixture.weight.argsort(descending=True)[: max(0, most - number)]
+    order = order[mixture.weight[order] > 0.25 / number]
+    if len(order) == 0:
+        return mixture
+    covariance = mixture.scale_tril @ mixture.scale_tril.mT
+    value, vector = torch.linalg.eigh(covariance[order])
+    step = _APART * vector[..., -1] * value[:, -1:].sqrt()
+    covariance[order] -= step[:, :, None] * step[:, None, :]
+    loc, weight = mixture.loc.clone(), mixture.weight.clone()
+    loc[order] -= step
+    weight[order] /= 2
+    tril = cholesky(covariance)
+    return Mixture(
+        torch.cat([weight, weight[order]]),
+        torch.cat([loc, loc[order] + 2 * step]),
+        torch.cat([tril, tril[order]]),
+        mixture.broad,
+        mixture.df,
+        share=mixture.share,
+    )
+
+
+def extended(
+    mixture: Mixture, loc: Float[Tensor, "k dim"], scale_tril: Float[Tensor, "k dim dim"],
+    share: float,
+) -> Mixture:  # fmt: skip
+    """The mixture with more components, which have a share together.
+
+    Arguments:
+        mixture: The mixture.
+        loc: Their locations.
+        scale_tril: Cholesky factors of their shapes.
+        share: Their share of the result.
+    """
+    new = torch.full_like(loc[:, 0], share / len(loc))
+    return Mixture(
+        torch.cat([(1 - share) * mixture.weight, new]),
+        torch.cat([mixture.loc, loc]),
+        torch.cat([mixture.scale_tril, scale_tril]),
+        mixture.broad,
+        mixture.df,
+        share=mixture.share,
+    )
+
+
+def allocated(
+    mixture: Mixture,
+    x: Float[Tensor, "n dim"],
+    energy: Float[Tensor, " n"],
+    weight: Float[Tensor, " n"],
+) -> Mixture:
+    r"""The mixture with shares that make the variance of its weights small.
+
+    The variance of weights :math:`v = p / q` is least where :math:`\int p^2 t_k / q^2` is the same
+    for all components. A step towards it, from points of weights :math:`w_i` (sum one), is
+
+    .. math:: a_k \leftarrow \sqrt{a_k \textstyle\sum_i w_i v_i r_{ik}}
+
+    up to a factor, with the weights :math:`v_i` that the points have under the mixture, truncated
+    at :math:`\sqrt n` times their mean, and the responsibilities :math:`r_{ik}` of its components.
+
+    Arguments:
+        mixture: The mixture.
+        x: Points.
+        energy: Their energies.
+        weight: Their weights.
+
+    References:
+        | Optimal mixture weights in multiple importance sampling (He and Owen, 2014)
+        | https://arxiv.org/abs/1411.3954
+    """
+    log_q, terms = mixture.log_probs(x)
+    own = torch.softmax(terms, -1)
+    log_v = -energy - log_q
+    v = (log_v - log_v.amax()).exp()
+    mean = 1 / (weight @ (1 / v.clamp(min=1e-300)))  # of draws of the mixture
+    v = v.clamp(max=float(mean) * math.sqrt(len(x)))
+    share = (mixture.weight * ((weight * v) @ own)).sqrt().clamp(min=1e-300)
+    share = (share / share.sum()).clamp(min=_LEAST_SHARE / len(share))
+    return Mixture(
+        share / share.sum(), mixture.loc, mixture.scale_tril, mixture.broad, mixture.df,
+        share=mixture.share,
+    )  # fmt: skip
