@@ -84,12 +84,13 @@ class Counted:
         return self.energy(x)
 
 
-def coverage_record(case: Case, coverage: Any) -> Record:
+def coverage_record(case: Case, answer: Any) -> Record:
     """What a statement of coverage says, and whether it excludes a mode that is there."""
+    coverage = getattr(answer, "coverage", None)
     if coverage is None:
         return {}
     record: Record = {"coverage": str(coverage)}
-    excluded = getattr(coverage, "excluded", None)
+    excluded = getattr(coverage, "excluded", getattr(answer, "excluded", None))
     if excluded is not None:
         record["excluded"] = float(excluded)
     if case.hidden is not None:
@@ -145,9 +146,11 @@ def explored(case: Case, seed: int, **options: Any) -> Record:
         "stated_ess": float(result.ess),
         "basins": len(result.basins),
         "verdict": str(result.verdict),
+        "reasons": list(getattr(result, "reasons", ())),
+        "starts": getattr(result, "starts", None),
     }
     record.update(case.score(result.x.detach(), result.log_weight.detach()))
-    record.update(coverage_record(case, result.coverage))
+    record.update(coverage_record(case, result))
     record["basin_masses"] = sorted(
         (round(float(b.mass), 4) for b in result.basins), reverse=True
     )[:40]
@@ -213,7 +216,7 @@ def fitted(case: Case, seed: int, **options: Any) -> Record:
         findings=list(report.findings),
         advice=list(report.advice),
     )
-    record.update(coverage_record(case, getattr(report, "coverage", None)))
+    record.update(coverage_record(case, report))
     return record
 
 
