@@ -30,7 +30,7 @@ explores = pytest.mark.skipif(
     not hasattr(rsm_sampler, "explore"), reason="needs rsm_sampler.explore"
 )
 QUICK = (
-    "slab_8d", "two_5d_half", "two_2d_same_far", "five_one_4d", "nan_wall_2d", "island_nan_2d",
+    "slab_13d", "two_5d_half", "two_2d_same_far", "five_one_4d", "nan_wall_2d", "island_nan_2d",
     "hole_inf_3d", "corner_2d", "paper", "gmm40", "moons", "rings", "shells2", "spike",
     "spike_aside_6d", "ring_spot_2d", "banana_pair_3d",
 )  # fmt: skip
