@@ -28,7 +28,7 @@ from rsm_sampler.bank.ledger import Ledger
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.pool import Pool
 from rsm_sampler.bank.sources import BankSource, BasinMixture, Kernels, Proposal, Scene
-from rsm_sampler.bank.starts import independent_starts, line_minima
+from rsm_sampler.bank.starts import centre_minima, independent_starts, line_minima
 from rsm_sampler.montecarlo.densities import ScaleLadder, StudentT, weighted_moments
 from rsm_sampler.montecarlo.descents import descend
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, sequential_monte_carlo
@@ -338,6 +338,11 @@ class _Explorer:
         plan, before = self.plan, self.spent
         most = int(plan.descents * plan.evaluations)
         self._descend(scene, plan.batch, most)
+        if not self.ledger.crowded:
+            each = int(plan.scans * plan.evaluations) // 2
+            start = centre_minima(self.problem, self.ladder, each, self.generator)
+            order = torch.randperm(len(start), generator=self.generator, device=start.device)
+            self._entered(scene, start[order[: 2 * _STARTS_OF_LINES]], each, independent=False)
         while not self.ledger.crowded and self._scan(scene, int(plan.scans * plan.evaluations)):
             pass
         while (

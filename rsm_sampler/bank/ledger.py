@@ -64,6 +64,7 @@ class Ledger:
         basins: The basins, in the order in which they were found.
         starts: Independent starts of finite energy so far.
         lost: Of these, how many came to rest in no basin.
+        beside: Places beside minima where the energy bends down within the minimum's own width.
         full: Whether there are more basins than can be held: the minima form a continuum, or are
             too many to find.
     """
@@ -71,6 +72,7 @@ class Ledger:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.basins: list[Basin] = []
+        self.beside: list[Tensor] = []
         self.starts = self.lost = 0
         self.full = False
 
@@ -171,8 +173,12 @@ class Ledger:
             if not lower < energy:
                 break
             x, energy = trial, lower
-        factor, lowest = self._along(x, _STEP * factor, width)
-        return None if lowest < -1 else Basin(x, energy, factor)
+        wider, lowest = self._along(x, _STEP * factor, width)
+        if lowest < -1:  # a minimum that ends within its own width: something is beside it
+            steps = (_STEP * factor).mT
+            self.beside.append(torch.cat([x + steps, x - steps]))
+            return Basin(x, energy, factor)
+        return Basin(x, energy, wider)
 
     def factor(
         self, x: Float[Tensor, " dim"], width: Float[Tensor, " dim"]

@@ -9,10 +9,8 @@ alone count for what could still be missing.
 the lines to the other basins, at distances in geometric progression. An energy with a neighbour
 above it on both sides is a start. A basin that is narrower than another catches few independent
 starts in many dimensions, but often lies on such a line: one coordinate apart, or in exchangeable
-or mirrored coordinates.
+or mirrored coordinates. The axes and diagonals through the centre are looked along likewise.
 """
-
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,12 +20,13 @@ from rsm_sampler.bank.ledger import Basin
 from rsm_sampler.montecarlo.densities import ScaleLadder, StudentT
 from rsm_sampler.target.problem import Problem
 
-__all__ = ["independent_starts", "line_minima"]
+__all__ = ["centre_minima", "independent_starts", "line_minima"]
 
 _NEAREST, _FARTHEST = 0.25, 256.0
 _DIAGONALS, _LINES = 8, 8
 _ASIDE = 0.05  # widths of the basin
 _FIRST, _RATIO, _PLACES = 0.5, 1.25, 36  # distances on a line, in widths of the basin
+_NEAR, _DECADES, _FROM_CENTRE = 0.01, 52, 64  # from the centre: up to 900; diagonals there
 
 
 def independent_starts(
@@ -61,28 +60,59 @@ def line_minima(
         most: Most evaluations; further lines are left out.
         generator: Source of randomness.
     """
-    like: dict[str, Any] = {"dtype": basin.x.dtype, "device": basin.x.device}
     width = basin.factor.norm(dim=-1)
-    diagonals = min(_DIAGONALS, 2 ** (len(width) - 1))
-    signs = torch.rand(diagonals, len(width), generator=generator, **like) < 0.5
-    signs[0] = False  # all coordinates alike
-    directions = [torch.where(signs, -1.0, 1.0) * width]
+    directions = [_signs(len(width), _DIAGONALS, generator) * width]
     away = [other.x - basin.x for other in basins if other is not basin]
     away = [step for step in away if float((step / width).norm()) > 1][:_LINES]
     if away:  # lines reach from a sixteenth of the way to some hundred times beyond
         directions.append(torch.stack(away) / 8)
     directions.append(width.diag())
-    direction = torch.cat(directions)[: max(1, most // (2 * _PLACES + 1))]
-    place = _FIRST * _RATIO ** torch.arange(_PLACES, **like)
-    place = torch.cat([-place.flip(0), torch.zeros(1, **like), place])
-    x = basin.x + place[None, :, None] * direction[:, None]
+    x = _lowest(problem, basin.x, torch.cat(directions), _FIRST, _PLACES, most)
+    # Off the line a little: on a line of symmetry no slope leads away from it.
+    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return x + _ASIDE * noise @ basin.factor.mT
+
+
+def centre_minima(
+    problem: Problem, ladder: ScaleLadder, most: int, generator: torch.Generator
+) -> Float[Tensor, "n dim"]:
+    """Lowest points of the axes and diagonals through the centre of the survey.
+
+    Arguments:
+        problem: The problem.
+        ladder: The law of the survey.
+        most: Most evaluations; further lines are left out.
+        generator: Source of randomness.
+    """
+    unit = torch.ones_like(ladder.loc)
+    direction = torch.cat([unit.diag(), _signs(len(unit), _FROM_CENTRE, generator)])
+    return _lowest(problem, ladder.loc, direction, _NEAR, _DECADES, most)
+
+
+def _signs(dim: int, most: int, generator: torch.Generator) -> Tensor:
+    """Diagonals, (n, dim): all different ones if they are few, else (1, ..., 1) and random ones."""
+    kinds = 2 ** (dim - 1) if dim < 31 else most + 1
+    if kinds <= most:
+        bits = torch.arange(kinds, device=generator.device)[:, None]
+        bits = bits // 2 ** torch.arange(dim, device=generator.device) % 2
+    else:
+        bits = torch.randint(2, (most, dim), generator=generator, device=generator.device)
+        bits[0] = 0
+    return 1.0 - 2.0 * bits.double()
+
+
+def _lowest(
+    problem: Problem, centre: Tensor, direction: Tensor, first: float, places: int, most: int
+) -> Tensor:
+    """Points with a higher neighbour on both sides, on lines through a centre, but the centre."""
+    direction = direction[: max(1, most // (2 * places + 1))]
+    place = first * _RATIO ** torch.arange(places, dtype=centre.dtype, device=centre.device)
+    place = torch.cat([-place.flip(0), torch.zeros_like(place[:1]), place])
+    x = centre + place[None, :, None] * direction[:, None]
     energy = problem.potential(x.flatten(0, 1)).view(x.shape[:2])
     beyond = torch.full_like(energy[:, :1], torch.inf)
     before = torch.cat([beyond, energy[:, :-1]], 1)
     after = torch.cat([energy[:, 1:], beyond], 1)
     lowest = (energy < before) & (energy <= after) & energy.isfinite()
-    lowest[:, _PLACES] = False
-    x = x[lowest]
-    # Off the line a little: on a line of symmetry no slope leads away from it.
-    noise = torch.randn(x.shape, generator=generator, **like)
-    return x + _ASIDE * noise @ basin.factor.mT
+    lowest[:, places] = False
+    return x[lowest]
