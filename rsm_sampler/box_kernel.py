@@ -126,7 +126,7 @@ class TruncatedReverseKernel(Kernel):
         return torch.full((1,), edge, dtype=x.dtype, device=x.device)
 
 
-@checked(finite=("anchor",), infinite=("low", "high"))
+@checked(infinite=("low", "high"))
 class AnchoredKernel(Kernel):
     r"""The reverse kernel within a box, mixed with normal laws about a known clean point.
 

@@ -177,8 +177,9 @@ def _wrapped(function: Callable[..., Any], limits: _Limits, *, method: bool) -> 
 
     # With the globals of the function's own module: doctest takes functions with others for
     # foreign ones and does not run their examples.
+    raw = inspect.unwrap(call)  # the run-time check of types may have wrapped it
     own = types.FunctionType(
-        call.__code__, function.__globals__, function.__name__, None, call.__closure__
+        raw.__code__, function.__globals__, function.__name__, None, raw.__closure__
     )
     return functools.update_wrapper(own, function)
 

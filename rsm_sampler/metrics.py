@@ -312,7 +312,7 @@ def total_variation(
     return (p - q).abs().sum(dim=-1) / 2
 
 
-@checked(finite=("samples",))
+@checked
 def grid_total_variation(
     samples: Float[Tensor, "n dim"],
     cell_masses: Float[Tensor, "*grid"],

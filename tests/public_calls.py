@@ -71,7 +71,6 @@ EXEMPT: dict[str, str] = {
             "rl.graphs.",
             "rl.run.",
             "rl.diffusion_agent.DiffusionAgent.",
-            "rl.diffusion_agent.kappa_path",
             "rl.dacer.DACER.",
             "rl.dipo.DIPO.",
             "rl.dipo.SecondActions.",
@@ -87,10 +86,6 @@ EXEMPT: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "rl.base.BaseAgent.build",
-            "rl.base.BaseAgent.explore",
-            "rl.base.BaseAgent.exploit",
-            "rl.base.BaseAgent.update",
             "rl.base.BaseAgent.observe",
             "rl.base.BaseAgent.adam",
             "rl.base.BaseAgent.load_extra_state",
@@ -124,9 +119,19 @@ EXEMPT: dict[str, str] = {
     **dict.fromkeys(
         (
             *(
-                f"rsm_sampler.montecarlo.markov.{kernel}.{step}"
-                for kernel in ("Kernel", "HMC", "MALA", "RandomWalk", "Langevin")
-                for step in ("start", "step", "adapt", "trajectory", "target_acceptance")
+                f"rsm_sampler.montecarlo.markov.{step}"
+                for step in (
+                    "Kernel.start",
+                    "Kernel.adapt",
+                    "Kernel.target_acceptance",
+                    "HMC.step",
+                    "HMC.trajectory",
+                    "HMC.target_acceptance",
+                    "MALA.target_acceptance",
+                    "RandomWalk.step",
+                    "RandomWalk.target_acceptance",
+                    "Langevin.step",
+                )
             ),
             "rsm_sampler.montecarlo.markov.GaussianPath.",
             "rsm_sampler.montecarlo.markov.ChainState.",
@@ -165,10 +170,8 @@ EXEMPT: dict[str, str] = {
             "rsm_sampler.estimators.PosteriorEstimate",
             "rsm_sampler.estimators.ScoreEstimate",
             "rsm_sampler.kernels.ReverseDraws",
-            "rsm_sampler.metrics.Estimate",
             "rsm_sampler.montecarlo.run.RefineResult",
             "rsm_sampler.montecarlo.run.MCMCResult",
-            "rsm_sampler.montecarlo.run.Refined",
             "rsm_sampler.verdict.diagnosis.Diagnosis",
             "rsm_sampler.denoisers.Denoiser.build",
             "rl.comparison.Comparison.__init__",
@@ -177,7 +180,6 @@ EXEMPT: dict[str, str] = {
             "rl.environments.Transition",
             "rl.evaluation.Evaluation",
             "rl.grid.Cost",
-            "rl.replay.Batch",
             "rl.statistics.Estimate",
         ),
         "a result that the library makes",

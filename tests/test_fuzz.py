@@ -19,7 +19,12 @@ from torch import Tensor
 
 from tests import public_calls as table
 
-pytestmark = pytest.mark.bad_input
+pytestmark = [
+    pytest.mark.bad_input,
+    # Loggers that are opened to be refused something are closed by the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 LIMIT = 5  # seconds for one call
 CALLS = [call for call in table.public_calls() if table.exempt(call) is None]
@@ -49,6 +54,7 @@ FORMULAS = (
     "rsm_sampler.target.", "rsm_sampler.transitions.", "rsm_sampler.baselines.spline_flow.",
     "rsm_sampler.baselines.standard.", "rsm_sampler.baselines.flow_bootstrap.fab_loss",
     "rsm_sampler.baselines.denoising_energy_matching.idem_score", "rsm_sampler.montecarlo.markov.",
+    "rsm_sampler.metrics.grid_total_variation",  # what is in no cell counts as missed
     "rsm_sampler.plotting.",  # says how many draws are not finite, and leaves them out
 )  # fmt: skip
 
@@ -115,7 +121,9 @@ def bad_values(call, name, hint, given):
         bad += [("a number", 3), ("text", "ab")]
     if "tensor" in kinds:
         bad += bad_tensors(call, name, hint, given)
-    if call.name.startswith(FORMULAS) and call.kind != "constructor":
+    # An AnchoredKernel is made in every update of an agent, without a look at its anchors.
+    loop = call.kind != "constructor" or "AnchoredKernel" in call.name
+    if call.name.startswith(FORMULAS) and loop:
         bad = [(what, value) for what, value in bad if what != "a NaN entry"]
     return bad
 

@@ -108,21 +108,21 @@ def bounds_of(given: Any, dim: int) -> "Bounds":  # noqa: ANN401
         tensor([1., 3., inf], dtype=torch.float64)
     """
     if given is None:
-        return Bounds(-math.inf, math.inf, dim)
+        return _bounded(-math.inf, math.inf, dim)
     parts = list(given) if isinstance(given, Sequence | np.ndarray | Tensor) else []
     if isinstance(given, str | bytes) or len(parts) not in {2, dim}:
         raise _no_bounds(given, dim)
     if len(parts) != dim or not all(_is_pair(part) for part in parts):
         if len(parts) != 2 or any(isinstance(part, str | bytes) for part in parts):
             raise _no_bounds(given, dim)
-        return Bounds(parts[0], parts[1], dim)
+        return _bounded(parts[0], parts[1], dim)
     low = [-math.inf if part[0] is None else part[0] for part in parts]
     high = [math.inf if part[1] is None else part[1] for part in parts]
     lists = isinstance(given, tuple) and not any(isinstance(part, tuple) for part in parts)
     if dim != 2:
-        return Bounds(low, high, dim)
+        return _bounded(low, high, dim)
     if lists or not _is_box(low, high):
-        return Bounds(parts[0], parts[1], dim)
+        return _bounded(parts[0], parts[1], dim)
     if _is_box(parts[0], parts[1]):
         first, second = ([float(x) for x in part] for part in parts)
         raise ValueError(
@@ -131,7 +131,18 @@ def bounds_of(given: Any, dim: int) -> "Bounds":  # noqa: ANN401
             f"the other in {tuple(second)} write ({[first[0], second[0]]}, "
             f"{[first[1], second[1]]})"
         )
-    return Bounds(low, high, dim)
+    return _bounded(low, high, dim)
+
+
+def _bounded(low: Any, high: Any, dim: int) -> "Bounds":  # noqa: ANN401
+    """The bounds; an error names what the user has given, too."""
+    try:
+        return Bounds(low, high, dim)
+    except (TypeError, ValueError) as error:
+        words = str(error)
+        if words.startswith(("bounds", "dim")):
+            raise
+        raise ValueError(f"bounds must have numbers for each coordinate: {words}") from None
 
 
 def _is_pair(part: object) -> bool:
