@@ -7,11 +7,8 @@ import torch
 from scipy import stats
 
 from energies import ConditionalMixture, GaussianMixture
-from rsm_sampler.energy_sampler import WeightedDraws
-from rsm_sampler.target.coordinates import Affine, Bounds
-from rsm_sampler.target.energy import MeteredEnergy
-from rsm_sampler.verdict.diagnosis import diagnose, pareto_shape
-from rsm_sampler.verdict.witness import _cells, _regions, find_witness
+from rsm_sampler.target.coordinates import Affine
+from rsm_sampler.verdict.diagnosis import pareto_shape
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64
@@ -65,60 +62,6 @@ class Blank(torch.nn.Module):
 
 def identity(dim, loc=0.0, scale=1.0):
     return Affine(torch.full((dim,), loc, dtype=DOUBLE), scale * torch.eye(dim, dtype=DOUBLE))
-
-
-# The witness
-
-
-def test_a_witness_without_a_finite_energy_confirms_nothing():
-    z = torch.randn(2000, 2, dtype=DOUBLE, generator=rng())
-    witness, _ = find_witness(lambda y: torch.full_like(y[:, 0], math.inf), z, 2000, rng())
-    assert not witness.conclusive
-    assert witness.ess == 0 and witness.log_z == -math.inf and witness.log_z_se == math.inf
-
-
-@pytest.mark.numbers
-def test_a_witness_starts_where_the_energy_is_finite():
-    """A wall in 60 dimensions, and a fifth of the draws behind it."""
-
-    def walled(y):
-        value = 2 * (y.square() - 1).square().sum(-1)
-        return torch.where(y[:, 0] > 0, value, math.inf)
-
-    z = torch.randn(4000, 60, dtype=DOUBLE, generator=rng()).sign()
-    z[:, 0] = torch.where(torch.arange(4000) % 5 == 0, -1.0, 1.0)
-    witness, masses = find_witness(walled, z, 20_000, rng(1))
-    assert witness.method == "parallel tempering" and math.isfinite(witness.log_z)
-    # The draws behind the wall have regions of their own, which the witness knows to be empty.
-    assert float((masses - witness.masses).max()) > 0.01
-    z[:, 0] = -1.0
-    witness, _ = find_witness(walled, z, 20_000, rng(1))
-    assert not witness.conclusive
-
-
-@pytest.mark.numbers
-def test_an_inconclusive_witness_accuses_of_nothing():
-    """The uniform law on a cube in 60 dimensions, drawn exactly: chains hardly mix there."""
-
-    def cube(x):
-        return torch.where((x.abs() < 1).all(-1), 0.0, math.inf)
-
-    class Cube:
-        coordinates, affine, dim, context_dim = Bounds(-math.inf, math.inf, 60), None, 60, None
-        search, draw_context, device = {}, None, torch.device("cpu")
-
-        def weighted_draws(self, n, *, energy, context, generator):
-            x = 2 * torch.rand(n, 60, generator=generator) - 1
-            value = energy(x, purpose="diagnosis")
-            return WeightedDraws(x, torch.zeros(n), value, torch.full((n,), -60 * math.log(2.0)))
-
-    sampler = Cube()
-    sampler.affine = identity(60, 0.0, 1 / math.sqrt(3))
-    report = diagnose(
-        sampler, 4000, energy=MeteredEnergy(cube, 60), witness_evaluations=20_000, seed=0
-    )
-    assert not report.witness.conclusive and not report.trustworthy
-    assert not any(text.startswith("modes are missing") for text in report.advice)
 
 
 # The verdict
@@ -202,14 +145,14 @@ def test_a_sampler_far_from_every_finite_energy_gets_a_verdict(value):
     assert not report.trustworthy
     assert report.ess == 0
     assert "no draw has a finite energy" in report.findings
-    assert "NOT trustworthy" in str(report)
+    assert "not trustworthy" in str(report)
 
 
 @pytest.mark.parametrize("evaluations", [100, 300])
 def test_an_inconclusive_witness_confirms_nothing(evaluations):
     report = exact_sampler(mixture(1)).diagnose(1000, witness_evaluations=evaluations)
     assert not report.witness.conclusive
-    assert not report.trustworthy
+    assert report.verdict == "cannot tell"
     assert any("witness is inconclusive" in finding for finding in report.findings)
     assert any(f"witness_evaluations={4 * evaluations}" in advice for advice in report.advice)
 
@@ -246,9 +189,11 @@ def test_the_same_seed_gives_the_same_report():
 def test_the_report_prints_what_was_searched_and_what_to_try():
     target = mixture(1)
     text = str(exact_sampler(target, broken(target, "a mode removed")).diagnose(2000))
-    for part in ("verdict       NOT trustworthy", "ESS", "Pareto k", "log Z", "energy drift",
-                 "witness       broad bank, 65,536 evaluations", "searched", "resolution",
-                 "against it    ", "try           "):  # fmt: skip
+    for part in ("verdict       not trustworthy", "ESS", "Pareto k", "log Z", "energy drift",
+                 "witness       importance sampling, 65,536 evaluations", "resolution",
+                 "coverage      searched scales 10^-4 to 10^5", "independent starts ended in",
+                 "cost          ", "planned at most ", "against it    ",
+                 "try           "):  # fmt: skip
         assert part in text, part
 
 
@@ -336,27 +281,3 @@ def test_pareto_shape_of_special_weights():
     assert pareto_shape(single) >= 0
     bounded = torch.rand(20_000, dtype=DOUBLE, generator=rng()).log()
     assert pareto_shape(bounded) < 0
-
-
-# Regions
-
-
-def test_regions_hold_every_cell_and_every_mode():
-    """Of well-separated modes each is a union of cells, and one of the regions is that union."""
-    target = GaussianMixture.grid(4, spacing=20.0, std=1.0)
-    points = target.sample((4000,), generator=rng(), dtype=DOUBLE)
-    cells = _cells(points, rng(1))
-    regions = _regions(cells)
-    assert regions.shape == (24, 24 + 22)
-    assert torch.equal(regions[:, :24], torch.eye(24, dtype=DOUBLE))
-    owner = target.responsibilities(cells).argmax(-1)
-    for k in range(4):
-        assert (regions == (owner == k).double().unsqueeze(-1)).all(0).any()
-
-
-def test_few_distinct_points_make_few_cells():
-    points = torch.tensor([[0.0], [1.0], [1.0], [0.0]], dtype=DOUBLE)
-    cells = _cells(points, rng())
-    assert sorted(cells[:, 0].tolist()) == [0.0, 1.0]
-    assert torch.equal(_regions(cells), torch.eye(2, dtype=DOUBLE))
-    assert torch.equal(_regions(cells[:1]), torch.ones(1, 1, dtype=DOUBLE))
