@@ -89,7 +89,8 @@ def test_descents_end_at_the_bottom_from_near_and_far(plain):
     scale = torch.logspace(-3, 4, 40, dtype=DOUBLE)[:, None]
     start = 2 + scale * torch.randn(40, 4, dtype=DOUBLE, generator=rng())
     there = landscape(energy, 4)
-    x, value, _ = descend(there, start, 0.1 * scale[:, 0])
+    x, value, _, ended = descend(there, start, 0.1 * scale[:, 0])
+    assert bool(ended.all())
     assert float(0.5 * (curvature * (x - 2).square()).sum(-1).amax()) < 2.0
     # One that is at rest across a valley may not have gone along it.
     assert float(value.quantile(0.9)) < 0.1
@@ -100,7 +101,7 @@ def test_a_descent_ends_at_a_wall_and_stays_where_the_energy_is_finite():
         return torch.where(x[:, 0] > 1, x.square().sum(-1), math.inf)
 
     start = torch.tensor([[3.0, 1.0], [-1.0, 0.0]], dtype=DOUBLE)
-    x, value, _ = descend(landscape(energy, 2), start, torch.ones(2, dtype=DOUBLE))
+    x, value, _, _ = descend(landscape(energy, 2), start, torch.ones(2, dtype=DOUBLE))
     assert value[0] < 1.2 and x[0, 0] >= 1
     assert value[1] == math.inf and torch.equal(x[1], start[1])
 
@@ -131,7 +132,7 @@ def test_every_mode_is_found_with_its_mass(plain):
     energy = by_values(target) if plain else target
     ledger = find_basins(landscape(energy, 3), torch.zeros(3, dtype=DOUBLE), 1.0, 30_000, rng())
     assert len(ledger.basins) == 3
-    assert ledger.lost == 0
+    assert len(ledger.unlisted) == 0
     for basin, loc, weight in zip(
         ledger.basins, target.loc.double(), [0.5, 0.3, 0.2], strict=True
     ):

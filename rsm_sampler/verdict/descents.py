@@ -45,7 +45,7 @@ _BLUR = 0.05  # of a direction that is not a normal vector, so that none is hit 
 _MEMORY = 8  # pairs of L-BFGS
 _WATCHED = 5  # energies that a step may not exceed
 _LONGEST = 60  # steps of a descent: at rest after 5 to 40 of them where the energy is smooth
-_RUNGS = 8  # of the ladder on each ray of a star
+_RUNGS = 16  # of the ladder on each ray of a star: a factor of 1.8 from one to the next
 _STARS = 4  # basins about which a star is drawn
 _QUIET = 3  # rounds without a new basin, after which no more starts are sent out
 _AT_REST = 3e-3  # nats that a further step would gain
@@ -56,7 +56,8 @@ _NEAR = 60.0  # nats of the quadratic form within which a point half-way is aske
 _MOST = 64  # basins of which curvatures are computed: more are no task for a mixture
 _HIGH = (20.0, 7.0)  # nats above the lowest, and per dimension: the bottom of a basin higher than
 # that has no mass unless it is a thousand times as wide in every coordinate
-_PICKED = 64  # broad points followed downhill
+_SCREENED = 256  # starts about basins in a round, most of which one evaluation dismisses
+_PICKED = 96  # of those that are not dismissed followed downhill in a round, at most
 _FREE, _TOO_HIGH = -1, -2  # labels of ends that no basin has
 _UNEXPLAINED = 3.0  # nats below what the basins found explain
 
@@ -89,20 +90,22 @@ class Ledger:
     Attributes:
         basins: The basins, the heaviest first.
         starts: Number of independent starts of the stated law.
-        lost: How many of them ended in basins beyond those listed.
         points: Number of broad points with a density.
         evaluations: Energy evaluations spent.
         lowest: The end points of all descents, for what the basins do not describe.
         energies: Their energies.
+        unlisted: Where those of them ended that are in none of the basins, (n, dim).
+        their_energies: The energies there, (n); infinite for those that had not come to rest.
     """
 
     basins: list[Basin] = field(default_factory=list)
     starts: int = 0
-    lost: int = 0
     points: int = 0
     evaluations: int = 0
     lowest: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     energies: Tensor = field(default_factory=lambda: torch.zeros(0))
+    unlisted: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    their_energies: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def draw_starts(
@@ -154,7 +157,8 @@ def descend(
     start: Float[Tensor, "n dim"],
     length: Float[Tensor, " n"],
     steps: int = _LONGEST,
-) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    evaluations: float = math.inf,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Downhill by L-BFGS from many starts at once; each ends by itself.
 
     Arguments:
@@ -162,13 +166,16 @@ def descend(
         start: Where descents begin.
         length: About how long each one's first step is.
         steps: Most steps.
+        evaluations: No step begins after so many.
 
     Returns:
-        Where they ended, the energies there (infinite for a start of infinite energy), and a
-        width for each: the square root of the last inverse curvature seen.
+        Where they ended, (n, dim); the energies there, (n), infinite for a start of infinite
+        energy; a width for each, (n), the square root of the last inverse curvature seen; and
+        whether it came to rest, at a bottom or a wall, (n).
     """
-    x = start.clone()
+    x, begun = start.clone(), landscape.evaluations
     width = length.clone()
+    ended = torch.ones_like(width, dtype=torch.bool)
     energy, slope = landscape.value_and_slope(x, 0.01 * length[:, None])
     active = energy.isfinite().nonzero()[:, 0]
     slope, first = slope[active], length[active].clone()
@@ -176,7 +183,7 @@ def descend(
     shorter = torch.ones_like(first)
     pairs, changes = (x.new_zeros((_MEMORY, len(active), x.shape[1])) for _ in range(2))
     for i in range(steps):
-        if len(active) == 0:
+        if len(active) == 0 or landscape.evaluations - begun > evaluations:
             break
         step, gamma = _quasi_newton(slope, pairs, changes, first)
         gain = -0.5 * (step * slope).sum(-1)
@@ -208,7 +215,8 @@ def descend(
         pairs = torch.where(kept, moved[0], pairs)
         changes = torch.where(kept, moved[1], changes)
         before[i % _WATCHED] = energy[active]
-    return x, energy, width
+    ended[active] = False
+    return x, energy, width, ended
 
 
 def _quasi_newton(
@@ -255,7 +263,7 @@ def find_basins(
         evaluations: About how many evaluations; a batch of descents may exceed it.
         generator: Source of randomness.
     """
-    search = _Search(landscape, centre, scale, generator, evaluations // 4)
+    search = _Search(landscape, centre, scale, generator, evaluations)
     begun = landscape.evaluations
 
     def left(share: float) -> int:
@@ -266,15 +274,12 @@ def find_basins(
         search.independent(batch)
         batch = search.affordable(left(1 / 3), 256)
     for k in range(_STARS):
-        if k < len(search.basins):
-            search.star(k, search.affordable(left(0.6), 4096))
+        if k < len(search.basins) and left(0.8) > 0:
+            search.star(k, left(0.8) // 2)
     quiet = 0
-    while search.basins and quiet < _QUIET:
+    while search.basins and quiet < _QUIET and left(0.8) > 0:
         known = len(search.basins)
-        number = search.affordable(left(0.8), 96)
-        if number < 1:
-            break
-        search.about(number)
+        search.about(min(_SCREENED, left(0.8) // 2))
         quiet = quiet + 1 if len(search.basins) == known else 0
     search.broad(min(evaluations // 6, 8192))
     return search.ledger(landscape.evaluations - begun)
@@ -287,7 +292,7 @@ class _Search:
         centre: Tensor,
         scale: float,
         generator: torch.Generator,
-        for_curvatures: int,
+        evaluations: int,
     ) -> None:
         self.landscape, self.centre, self.scale = landscape, centre, scale
         self.generator = generator
@@ -295,9 +300,12 @@ class _Search:
             "dtype": centre.dtype, "device": centre.device, "generator": generator
         }  # fmt: skip
         self.basins: list[_Found] = []
-        self.starts = self.lost = self.points = 0
+        self.starts = self.points = 0
+        self.unlisted: list[tuple[Tensor, Tensor]] = []
         self.descents, self.spent = 0, 0
-        self.for_curvatures = for_curvatures  # evaluations left for them
+        self.for_curvatures = evaluations // 4  # evaluations left for them
+        self.for_slow = evaluations // 8  # likewise, for descents that take long
+        self.end = landscape.evaluations + evaluations  # no descent goes on beyond it
         self.ends: list[tuple[Tensor, Tensor]] = []
 
     def affordable(self, evaluations: int, most: int) -> int:
@@ -329,8 +337,7 @@ class _Search:
         if len(jump) > most:
             order = torch.randperm(len(jump), generator=self.generator, device=jump.device)
             jump = jump[order[:most]]
-        if len(jump):
-            self._follow(basin.loc + jump, 0.1 * jump.norm(dim=-1), independent=False)
+        self._screened(basin.loc + jump, 0.1 * jump.norm(dim=-1))
 
     def about(self, number: int) -> None:
         """Starts about the basins found, and where coordinates of two of them cross."""
@@ -354,7 +361,26 @@ class _Search:
             crossed = crossed + 0.1 * size[pick] * torch.randn(start.shape, **self.like)
             start = torch.where(quarter, crossed, start)
             length = torch.where(quarter[:, 0], 0.1 * size[pick].norm(dim=-1), length)
-        self._follow(start, length, independent=False)
+        self._screened(start, length)
+
+    def _screened(self, start: Tensor, length: Tensor) -> None:
+        """Descents from those starts whose energy no basin found so far explains.
+
+        Where it does, one evaluation was enough. Of many others the lowest half, and some at
+        random, as far as evaluations last.
+        """
+        if len(start) == 0:
+            return
+        energy = self.landscape.value(start)
+        index = energy.isfinite() & (energy < self._explained(start) - _UNEXPLAINED)
+        chosen = index.nonzero()[:, 0]
+        most = self.affordable((self.end - self.landscape.evaluations) // 2, _PICKED)
+        if len(chosen) > most:
+            lowest = chosen[energy[chosen].argsort()[: most // 2]]
+            shuffled = torch.randperm(len(chosen), generator=self.generator, device=start.device)
+            chosen = torch.cat([lowest, chosen[shuffled[: most - most // 2]]]).unique()
+        if len(chosen):
+            self._follow(start[chosen], length[chosen], independent=False)
 
     def broad(self, number: int) -> None:
         """Broad points, and descents from some whose energy no basin found so far explains."""
@@ -362,18 +388,8 @@ class _Search:
             return
         two_sided = self.landscape.two_sided
         u = draw_starts(number, self.centre, self.scale, two_sided, self.generator)
-        energy = self.landscape.value(u)
         self.points += number
-        unexplained = energy.isfinite() & (energy < self._explained(u) - _UNEXPLAINED)
-        index = unexplained.nonzero()[:, 0]
-        if len(index) == 0:
-            return
-        half = _PICKED // 2
-        lowest = index[energy[index].argsort()[:half]]
-        shuffled = torch.randperm(len(index), generator=self.generator, device=u.device)
-        index = torch.cat([lowest, index[shuffled[:half]]]).unique()
-        length = 0.1 * (u[index] - self.centre).norm(dim=-1).clamp(min=1e-4 * self.scale)
-        self._follow(u[index], length, independent=False)
+        self._screened(u, 0.1 * (u - self.centre).norm(dim=-1).clamp(min=1e-4 * self.scale))
 
     def _explained(self, u: Tensor) -> Tensor:
         """The lowest of the quadratic forms of the basins found, (n)."""
@@ -384,21 +400,26 @@ class _Search:
 
     def _follow(self, start: Tensor, length: Tensor, *, independent: bool) -> None:
         before = self.landscape.evaluations
-        x, energy, width = descend(self.landscape, start, length)
+        left = self.end - before
+        x, energy, width, ended = descend(self.landscape, start, length, evaluations=left)
         self.descents += len(start)
         self.spent += self.landscape.evaluations - before
-        finite = energy.isfinite()
-        x, energy, width = x[finite], energy[finite], width[finite]
+        kept = energy.isfinite()
+        if not independent and self.landscape.evaluations >= self.end:
+            kept &= ended  # the others were cut short, and are not counted
+        x, energy, width, ended = x[kept], energy[kept], width[kept], ended[kept]
         self.ends.append((x, energy))
-        label = self._labelled(x, energy)
         if len(x) == 0:
             return
+        label = self._labelled(x, energy)
         free = (label == _FREE).nonzero()[:, 0]
         bottom = min([float(energy.amin())] + [basin.energy for basin in self.basins])
         high = bottom + _HIGH[0] + _HIGH[1] * self.landscape.dim
-        label[free[energy[free] > high]] = _TOO_HIGH
+        label[free[(energy[free] > high) & ended[free]]] = _TOO_HIGH
         free = (label == _FREE).nonzero()[:, 0]
-        while len(free) and len(self.basins) < _MOST and self.for_curvatures > 0:
+        while len(free) and len(self.basins) < _MOST:
+            if float(energy[free].amin()) > high:
+                break
             lowest = free[energy[free].argmin()]
             before = self.landscape.evaluations
             basin = self._described(x[lowest], float(energy[lowest]), width[lowest])
@@ -414,7 +435,29 @@ class _Search:
             basin.ends += number
             basin.starts += number if independent else 0
         if independent:
-            self.lost += int((label == _FREE).sum())
+            free = (label == _FREE).nonzero()[:, 0]
+            self._trace(x[free], energy[free], width[free], ended[free], high)
+
+    def _trace(self, x: Tensor, energy: Tensor, width: Tensor, ended: Tensor, high: float) -> None:
+        """Follow independent starts that take long to their ends, to know what is there.
+
+        They make no basins: far down in a valley without a bottom each would be one.
+        """
+        slow = (~ended & (energy > high)).nonzero()[:, 0]
+        if len(slow) and self.for_slow > 0:
+            begun = self.landscape.evaluations
+            x[slow], energy[slow], width[slow], ended[slow] = descend(
+                self.landscape, x[slow], width[slow], 3 * _LONGEST, evaluations=self.for_slow
+            )
+            self.for_slow -= self.landscape.evaluations - begun
+        label = self._labelled(x, energy)
+        for k, basin in enumerate(self.basins):
+            number = int((label == k).sum())
+            basin.ends += number
+            basin.starts += number
+        free = (label == _FREE) & ~(ended & (energy > high))
+        resting = torch.where(ended[free] | (energy[free] <= high), energy[free], torch.inf)
+        self.unlisted.append((x[free], resting))
 
     def _labelled(self, x: Tensor, energy: Tensor) -> Tensor:
         label = torch.full((len(x),), _FREE, dtype=torch.long, device=x.device)
@@ -433,7 +476,7 @@ class _Search:
         level = (energy - basin.energy).abs() < _JOINED
         inside = (form < _JOINED) & level
         ask = ((form < _NEAR) & (energy > basin.energy - _JOINED) & ~inside).nonzero()[:, 0]
-        if len(ask):
+        if len(ask) and self.landscape.evaluations < self.end:
             half_way = self.landscape.value(0.5 * (x[ask] + basin.loc))
             top = torch.minimum(energy[ask], 0.5 * (energy[ask] + basin.energy) + _JOINED)
             inside[ask] = half_way <= torch.maximum(
@@ -451,10 +494,14 @@ class _Search:
         dim = len(loc)
         eye = torch.eye(dim, dtype=loc.dtype, device=loc.device)
         size = torch.full_like(loc, max(width, 1e-12))
+        if self.for_curvatures < 6 * dim:  # the width of the descent's last step has to do
+            return size.diag()
         # Lengths over which the energy rises by about one half, by coordinate.
         for _ in range(8):
             ends = self.landscape.value(torch.cat([loc + size.diag(), loc - size.diag()]))
-            rise = (0.5 * (ends[:dim] + ends[dim:]) - energy).nan_to_num(1e6, 1e6, -1e6)
+            # Of both sides the steeper: on a slope, too, a width is where the energy changes.
+            rise = torch.maximum((ends[:dim] - energy).abs(), (ends[dim:] - energy).abs())
+            rise = rise.nan_to_num(1e6, 1e6, 1e6)
             right = (rise > 0.1) & (rise < 2.0)
             if bool(right.all()):
                 break
@@ -484,11 +531,12 @@ class _Search:
         return Ledger(
             [Basin(b.loc, b.energy, b.tril, b.log_mass, b.starts, b.ends) for b in basins],
             self.starts,
-            self.lost,
             self.points,
             evaluations,
             torch.cat(x),
             torch.cat(energy),
+            torch.cat([end for end, _ in self.unlisted] or [self.centre[None][:0]]),
+            torch.cat([value for _, value in self.unlisted] or [self.centre[:0]]),
         )
 
 

@@ -36,8 +36,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsm_sampler.montecarlo.densities import KernelDensity, StudentT, weighted_moments
-from rsm_sampler.montecarlo.population import next_beta, sequential_monte_carlo
+from rsm_sampler.montecarlo.densities import KernelDensity, StudentT
+from rsm_sampler.montecarlo.population import next_beta
 from rsm_sampler.montecarlo.resampling import cumulative_weight, stratified_indices
 from rsm_sampler.montecarlo.run import run_mcmc
 from rsm_sampler.verdict.coverage import Coverage
@@ -45,6 +45,7 @@ from rsm_sampler.verdict.descents import LADDER, Basin, Ledger, find_basins
 from rsm_sampler.verdict.landscape import Landscape
 from rsm_sampler.verdict.pareto import pareto_shape
 from rsm_sampler.verdict.regions import Regions, cells_of, clusters_of, nearest
+from rsm_sampler.verdict.tempered import factor, moments, tempered_population
 
 __all__ = ["BasinMass", "Witness", "find_witness"]
 
@@ -54,16 +55,20 @@ NOTABLE = 0.005  # mass from which a basin is compared by itself
 _NAMED = 24  # basins compared by themselves, at most
 _LEAST_ESS = 300  # effective points: a tenth of the mass then has an error of 0.017
 _LOG_Z_SE = 0.04  # of log Z: a missing tenth of the mass, 0.105, is then 2.6 errors off
-_MASS_SE = 0.02  # of a region's mass: a tenth in the wrong place is five errors off
+_MASS_SE = 0.025  # of a region's mass: a tenth in the wrong place is four errors off
+_KNOWN = math.log(100.0)  # excess of a weight at which hundreds of points still go there
+_EXCLUDED = 0.2  # share of starts: basins that catch more must have been excluded
 _HEAVY = 0.7  # Pareto shape above which averages of weights are unreliable at any affordable n
 
 _DESCENTS, _POPULATION = 0.28, 0.15  # shares of the evaluations; importance sampling has the rest
-_ADAPTING = (0.12, 0.2)  # shares of what importance sampling has, for its first two rounds
+_DESCENTS_SMALL = 0.42  # the first of these with few evaluations: what is not found is not weighed
+_ADAPTING = (0.12, 0.2)  # shares of what importance sampling has, for its adapting rounds
+_ADAPTING_MORE = (0.1, 0.12, 0.18)  # the same of the second attempt
 _WIDTHS = (1.0, 3.0, 10.0)  # of a basin's components, in units of its curvature's width
 _WIDTH_SHARES = (0.5, 0.3, 0.2)
 _NEGLIGIBLE = 14.0  # nats below the heaviest basin, by Laplace's approximation
 _SERVED = 48  # basins that get components
-_CLUSTERS = 8  # of the population that get components
+_CLUSTERS, _CLUSTERS_MORE = 8, 12  # of the population that get components, in each attempt
 _BASIN_FLOOR = 0.3  # share of all basins together that adaptation leaves, evenly
 _BROAD, _CAUCHY = 0.07, 0.03  # shares of the two broad laws
 _KERNELS, _KERNEL_SHARE, _KERNEL_DIM = 500, 0.45, 6  # kernels serve in few dimensions only
@@ -136,6 +141,7 @@ class Witness:
             and self.log_z_se <= _LOG_Z_SE
             and float(self.masses_se.amax()) <= _MASS_SE
             and not self.pareto_k > _HEAVY
+            and self.coverage.excluded <= _EXCLUDED
         )
 
     @property
@@ -170,11 +176,11 @@ def find_witness(
     found = search.attempt(evaluations)
     if found.conclusive or evaluations < _SEVERAL:
         return found, search.shares(found)
-    again = search.attempt(2 * evaluations)
-    found = again if again.conclusive or again.ess >= found.ess else found
+    again = search.attempt(2 * evaluations, thorough=True)
+    found = again if again.conclusive or again.log_z_se <= found.log_z_se else found
     if not found.conclusive and landscape.dim > 2:
         tempered = search.tempering(6 * evaluations, found)
-        if tempered is not None and (tempered.conclusive or tempered.ess > found.ess):
+        if tempered is not None and (tempered.conclusive or tempered.log_z_se < found.log_z_se):
             found = tempered
     found = _with_evaluations(found, landscape.evaluations)
     return found, search.shares(found)
@@ -182,6 +188,15 @@ def find_witness(
 
 def _with_evaluations(witness: Witness, evaluations: int) -> Witness:
     return Witness(**{**witness.__dict__, "evaluations": evaluations})
+
+
+def _log_density(mixture: list[tuple[Any, float]], u: Tensor) -> Tensor:
+    """Log-density of laws with shares."""
+    terms = []
+    for law, share in mixture:
+        density = law.terms(u).logsumexp(-1) if isinstance(law, _Components) else law.log_prob(u)
+        terms.append(density + math.log(share))
+    return torch.stack(terms).logsumexp(0)
 
 
 class _Components:
@@ -233,9 +248,7 @@ class _Components:
                 covariance = (pull[:, None] * centred).mT @ centred / share[k]
                 shrink = dim / (dim + worth[k])
                 covariance = (1 - shrink) * covariance + shrink * tril @ tril.mT
-                jitter = 1e-10 * covariance.diagonal().diag()
-                factor, info = torch.linalg.cholesky_ex(covariance + jitter)
-                tril = factor if int(info) == 0 else tril
+                tril = factor(covariance, tril)
             parts.append((float(share[k]), StudentT(loc, tril, part.df), self.basin[k]))
         basins = sorted({k for k in self.basin if k >= 0})
         floor = _BASIN_FLOOR / max(len(basins), 8)
@@ -265,23 +278,24 @@ class _Search:
         self.ledger = Ledger()
         self.starts = self.lost = self.points = 0
 
-    def attempt(self, evaluations: int) -> Witness:
+    def attempt(self, evaluations: int, *, thorough: bool = False) -> Witness:
         """Descents, a population, and importance sampling by a mixture that learns."""
         begun = self.landscape.evaluations
+        share = _DESCENTS if evaluations >= _SEVERAL else _DESCENTS_SMALL
         self.ledger = find_basins(
-            self.landscape, self.centre, self.scale, int(_DESCENTS * evaluations), self.generator
+            self.landscape, self.centre, self.scale, int(share * evaluations), self.generator
         )
         self.starts += self.ledger.starts
-        self.lost += self.ledger.lost
         self.points += self.ledger.points
         basins = self.worthy()
         broad = self.broad(basins)
         visited = self.population(broad, int(_POPULATION * evaluations))
-        components = self.first(basins, visited)
+        clusters = _CLUSTERS_MORE if thorough else _CLUSTERS
+        components = self.first(basins, visited, clusters)
         left = evaluations - (self.landscape.evaluations - begun)
         cauchy = StudentT(broad.loc, 1.5 * broad.scale_tril, 1.0)
         found = visited
-        for share in _ADAPTING:
+        for share in _ADAPTING_MORE if thorough else _ADAPTING:
             number = max(int(share * left), 16)
             mixture = [(components, 1 - _BROAD - _CAUCHY), (broad, _BROAD), (cauchy, _CAUCHY)]
             u, log_weight = self.weighted(mixture, number)
@@ -303,6 +317,12 @@ class _Search:
             mixture.append((kernels, _KERNEL_SHARE))
         left = max(evaluations - (self.landscape.evaluations - begun), 64)
         u, log_weight = self.weighted(mixture, left)
+        # Ends of starts that are in no basin are known all the same if points go there.
+        ends, energies = self.ledger.unlisted, self.ledger.their_energies
+        if len(ends):
+            log_ratio = -energies - _log_density(mixture, ends)
+            mean = float(torch.logsumexp(log_weight, 0)) - math.log(len(u))
+            self.lost += int((energies.isinf() | (log_ratio > mean + _KNOWN)).sum())
         return self.summary(u, log_weight, basins, components, broad)
 
     def worthy(self) -> list[Basin]:
@@ -337,22 +357,15 @@ class _Search:
         size = max(16, min(256, evaluations // 40) // 2 * 2)
         if evaluations < 8 * size:
             return broad.loc[None][:0]
-        try:
-            visited = sequential_monte_carlo(
-                self.landscape.value,
-                broad,
-                evaluations=evaluations,
-                size=size,
-                generator=self.generator,
-                keep=2048,
-            )
-        except ValueError:  # no particle of finite energy is left
-            return broad.loc[None][:0]
-        points = visited.points[visited.energy.isfinite()]
-        order = torch.randperm(len(points), generator=self.generator, device=points.device)
-        return points[order]
+        return tempered_population(
+            self.landscape.value,
+            broad,
+            size=size,
+            evaluations=evaluations,
+            generator=self.generator,
+        )
 
-    def first(self, basins: list[Basin], visited: Tensor) -> _Components:
+    def first(self, basins: list[Basin], visited: Tensor, clusters: int) -> _Components:
         """Components at the basins and at clusters of the population."""
         parts: list[tuple[float, StudentT, int]] = []
         df = self.tail()
@@ -363,15 +376,19 @@ class _Search:
                 for width, share in zip(_WIDTHS, _WIDTH_SHARES, strict=True):
                     law = StudentT(basin.loc, width * basin.tril, df)
                     parts.append((0.7 * float(chance[k]) * share, law, k))
-        if len(visited) >= 32:
-            label = nearest(visited, cells_of(visited, self.generator, _CLUSTERS))
+        # Ends in none of the basins listed: of a target with more of them, or with valleys.
+        ends = self.ledger.unlisted[self.ledger.their_energies.isfinite()]
+        for points in (visited, ends):
+            if len(points) < 16:
+                continue
+            label = nearest(points, cells_of(points, self.generator, clusters))
             for k in label.unique():
-                members = visited[label == k]
+                members = points[label == k]
                 distinct = members.unique(dim=0)
                 if len(distinct) > 1:
                     weight = torch.full_like(distinct[:, 0], 1 / len(distinct))
-                    loc, tril = weighted_moments(distinct, weight)
-                    size = len(members) / len(visited)
+                    loc, tril = moments(distinct, weight)
+                    size = len(members) / len(points)
                     parts.append((0.3 * size, StudentT(loc, tril, df), -1))
         return _Components(parts or [(1.0, self.broad(basins), -1)])
 
@@ -392,13 +409,9 @@ class _Search:
         u = torch.cat(
             [law.sample(n, self.generator) for (law, _), n in zip(mixture, numbers, strict=True)]
         )
-        log_q = []
-        for (law, _), n in zip(mixture, numbers, strict=True):
-            density = (
-                law.terms(u).logsumexp(-1) if isinstance(law, _Components) else law.log_prob(u)
-            )
-            log_q.append(density + math.log(n / len(u)))
-        log_weight = -self.landscape.value(u) - torch.stack(log_q).logsumexp(0)
+        log_weight = -self.landscape.value(u) - _log_density(
+            [(law, n / len(u)) for (law, _), n in zip(mixture, numbers, strict=True)], u
+        )
         return u, log_weight.nan_to_num(-math.inf, math.inf, -math.inf)
 
     def summary(
@@ -422,7 +435,7 @@ class _Search:
             index = stratified_indices(cumulative_weight(u, log_weight), 4096, self.generator)
             points = u[index]
             if ess > u.shape[1]:
-                loc, tril = weighted_moments(u, weight)
+                loc, tril = moments(u, weight)
         named = self.named(basins, components)
         regions = self.regions(points, loc, tril, named)
         inside = regions.inside(u)
@@ -596,7 +609,7 @@ class _Search:
         kept = result.chains  # (kept, chains, dim)
         flat = kept.reshape(-1, len(loc))
         weight = torch.full_like(flat[:, 0], 1 / len(flat))
-        middle, tril = weighted_moments(flat, weight)
+        middle, tril = moments(flat, weight)
         old = found.regions
         cells = self.regions(
             flat[torch.randperm(len(flat), generator=self.generator, device=flat.device)[:4096]],
