@@ -1,6 +1,7 @@
 """The verdict, with samplers that are exact for the target or for something near it."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from scipy import stats
 
 from energies import ConditionalMixture, GaussianMixture
 from rsm_sampler.target.coordinates import Affine
+from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.verdict.diagnosis import pareto_shape
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
@@ -164,6 +166,133 @@ def test_a_small_budget_makes_a_small_examination():
     assert report.witness.evaluations == 2500
     assert report.evaluations < 10_000
     assert report.trustworthy, str(report)
+
+
+# The energy itself
+
+
+def test_a_noisy_energy_is_recognised_and_not_blamed_on_the_sampler():
+    """Noise of one nat costs two thirds of the effective size of exact draws."""
+    target, noise = mixture(0), torch.Generator().manual_seed(7)
+
+    def energy(x):
+        return target(x) + torch.randn(len(x), generator=noise).to(x)
+
+    sampler = exact_sampler(target)
+    sampler.energy = MeteredEnergy(energy, 2)
+    report = sampler.diagnose(4096, witness_evaluations=20_000)
+    assert report.verdict == "cannot tell", str(report)
+    assert report.noise == pytest.approx(1.0, abs=0.3)
+    assert any(text.startswith("noise: the energy gives other values") for text in report.findings)
+    assert not any("train longer" in text for text in report.advice)
+
+
+def test_an_exact_energy_has_no_noise():
+    assert exact_sampler(mixture(0)).diagnose(1000, witness_evaluations=2000).noise < 1e-3
+
+
+def test_rounding_is_named():
+    """Single precision near 10^8 knows steps of 8, the draws' energies spread by one."""
+    target = mixture(0)
+    sampler = exact_sampler(target)
+    sampler.energy = MeteredEnergy(lambda x: (target(x).float() + 1e8).float(), 2)
+    report = sampler.diagnose(2000, witness_evaluations=20_000)
+    assert report.verdict == "cannot tell", str(report)
+    assert any(text.startswith("rounding: energies of about 1e+08") for text in report.findings)
+    assert any(text.startswith("rounding: subtract a constant") for text in report.advice)
+
+
+# What it says
+
+
+@pytest.mark.parametrize(
+    ("stopped", "advice"),
+    [
+        ("rule", "training stopped by its own rule"),
+        ("budget", "a larger budget"),
+        ("cycles", "train longer: trainer.fit(max_cycles=...)"),
+        (None, "train longer if training did not stop by itself"),
+    ],
+)
+def test_advice_leads_somewhere(stopped, advice):
+    target = mixture(1)
+    sampler = exact_sampler(target, broken(target, "too narrow"))
+    sampler.search = {"stopped": stopped}
+    report = sampler.diagnose(2000, witness_evaluations=20_000)
+    assert report.verdict == "not trustworthy"
+    assert any(text.startswith(advice) for text in report.advice), report.advice
+
+
+def test_a_finding_has_value_tolerance_and_error():
+    target = mixture(16)
+    report = exact_sampler(target, broken(target, "a mode removed")).diagnose(
+        witness_evaluations=20_000
+    )
+    found = {finding.test: finding for finding in report.failed}
+    assert {"log Z", "masses", "basins"} <= set(found)
+    z = found["log Z"]
+    assert z.value == pytest.approx(abs(report.log_z - report.witness.log_z))
+    assert z.value > z.tolerance + 4 * z.error
+    lightest = float(target.weights.amin())
+    assert found["basins"].value < 0.1 * lightest
+    assert found["basins"].tolerance == pytest.approx(lightest, abs=5 * found["basins"].error)
+    assert [str(finding) for finding in report.failed] == report.findings
+
+
+def test_a_bank_that_is_worth_nothing_in_most_contexts_is_not_passed():
+    sampler = exact_sampler(mixture(0))
+    sampler.search = {"context_ess": [1.0, 1.003, 1.1, 50.0]}
+    report = sampler.diagnose(1000, witness_evaluations=20_000)
+    assert report.verdict == "cannot tell", str(report)
+    assert any("the bank was worth 1.0 effective points" in text for text in report.findings)
+
+
+def test_effort_multiplies_the_cost_that_is_stated_before(caplog):
+    sampler = exact_sampler(mixture(0))
+    with caplog.at_level("INFO", logger="rsm_sampler.verdict.diagnosis"):
+        report = sampler.diagnose(1000, witness_evaluations=4000, effort=2.0)
+    assert report.witness.evaluations == 8000
+    assert "8000 evaluations for the witness" in caplog.text
+    assert f"up to {report.planned} in all" in caplog.text
+    assert report.evaluations <= report.planned
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("effort", [0.0, -1.0, math.inf, math.nan])
+def test_effort_is_positive(effort):
+    with pytest.raises(ValueError, match="effort must be positive and finite, got"):
+        exact_sampler(mixture(0)).diagnose(effort=effort)
+
+
+# A nested sampler of another library
+
+
+@pytest.mark.numbers
+def test_a_referee_takes_part():
+    pytest.importorskip("nautilus")
+    target = mixture(0)
+    report = exact_sampler(target).diagnose(4096, witness_evaluations=20_000, referee="nautilus")
+    assert report.trustworthy, str(report)
+    referee = report.referee
+    assert referee is not None and referee.conclusive
+    assert abs(referee.log_z) <= 5 * referee.log_z_se + 0.05
+    assert "referee       nautilus" in str(report)
+    report = exact_sampler(target, broken(target, "a mode removed")).diagnose(
+        4096, witness_evaluations=20_000, referee="nautilus"
+    )
+    assert any("log Z differs from nautilus" in text for text in report.findings)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dynesty", None)
+    with pytest.raises(ImportError, match=r"needs dynesty: pip install 'rsm-sampler\[referee\]'"):
+        exact_sampler(mixture(0)).diagnose(500, witness_evaluations=1000, referee="dynesty")
+
+
+@pytest.mark.bad_input
+def test_an_unknown_referee_is_refused():
+    with pytest.raises(ValueError, match=r"referee must be one of .*nautilus.*, got 'umpire'"):
+        exact_sampler(mixture(0)).diagnose(500, witness_evaluations=1000, referee="umpire")
 
 
 # What it counts, prints and needs

@@ -55,7 +55,7 @@ from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.verdict.coverage import Coverage
 from rsm_sampler.verdict.landscape import Landscape
 from rsm_sampler.verdict.pareto import pareto_shape
-from rsm_sampler.verdict.referee import Referee, RefereeName, find_referee
+from rsm_sampler.verdict.referee import Referee, RefereeName, find_referee, library_of
 from rsm_sampler.verdict.witness import MASS_TOLERANCE, SIGNIFICANT, Witness, find_witness
 
 __all__ = ["Diagnosis", "Examinable", "Finding", "Verdict", "diagnose", "pareto_shape"]
@@ -300,6 +300,8 @@ def diagnose(
     """
     if n < 100:
         raise ValueError(f"n must be at least 100, got {n}")
+    if referee is not None:
+        library_of(referee)
     if not (0 < effort < math.inf):
         raise ValueError(f"effort must be positive and finite, got {effort}")
     if sampler.context_dim is not None and context is None:

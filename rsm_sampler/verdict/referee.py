@@ -39,14 +39,14 @@ from torch import Tensor
 
 from rsm_sampler.verdict.landscape import Landscape
 
-__all__ = ["Referee", "RefereeName", "find_referee"]
+__all__ = ["Referee", "RefereeName", "find_referee", "library_of"]
 
 RefereeName = Literal["nautilus", "dynesty", "ultranest"]
 
 _BEYOND = 10.0  # standard deviations beyond the outermost point of the witness
 _LEAST_LOG = -1e300  # stands for a density of zero: nested samplers take no infinity
 _LEAST_ESS = 300  # effective points, as for the witness
-_LOG_Z_SE = 0.1  # of log Z: what nested samplers reach with their usual settings
+_LOG_Z_SE = 0.15  # of log Z: what nested samplers reach with their usual settings
 _PACKAGES = {"nautilus": "nautilus-sampler", "dynesty": "dynesty", "ultranest": "ultranest"}
 
 
@@ -107,9 +107,7 @@ def find_referee(
     runs: dict[str, Callable[..., tuple[float, float, np.ndarray, np.ndarray]]] = {
         "nautilus": _nautilus, "dynesty": _dynesty, "ultranest": _ultranest
     }  # fmt: skip
-    if name not in runs:
-        raise ValueError(f"referee must be one of {list(get_args(RefereeName))}, got {name!r}")
-    library = _library(name)
+    library = library_of(name)
     cube = _Cube(landscape, points)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,7 +125,18 @@ def find_referee(
     )
 
 
-def _library(name: str) -> Any:  # noqa: ANN401
+def library_of(name: RefereeName) -> Any:  # noqa: ANN401
+    """The library of a referee, imported.
+
+    Arguments:
+        name: The referee.
+
+    Raises:
+        ImportError: Without the library.
+        ValueError: If there is no such referee.
+    """
+    if name not in get_args(RefereeName):
+        raise ValueError(f"referee must be one of {list(get_args(RefereeName))}, got {name!r}")
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -217,17 +226,16 @@ def _ultranest(
     seed: int,
 ) -> tuple[float, float, np.ndarray, np.ndarray]:
     # The library draws from NumPy's global state: it is put back afterwards.
-    state, level = np.random.get_state(), logging.getLogger("ultranest").level  # noqa: NPY002
+    state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
-    logging.getLogger("ultranest").setLevel(logging.WARNING)
     try:
         sampler = library.ReactiveNestedSampler(
             cube.names, cube, transform=lambda c: c, vectorized=True
         )
+        sampler.logger.setLevel(logging.WARNING)
         result = sampler.run(max_ncalls=evaluations, show_status=False, viz_callback=False)
     finally:
         np.random.set_state(state)  # noqa: NPY002
-        logging.getLogger("ultranest").setLevel(level)
     points = result["weighted_samples"]
     with np.errstate(divide="ignore"):
         return result["logz"], result["logzerr"], points["points"], np.log(points["weights"])
