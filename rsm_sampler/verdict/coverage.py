@@ -34,8 +34,6 @@ References:
 import math
 from dataclasses import dataclass
 
-from scipy import stats
-
 __all__ = ["Coverage"]
 
 _MISSED = 0.05  # probability of a miss that a statement allows: 95 % confidence, as is customary
@@ -89,6 +87,8 @@ class Coverage:
             return 1.0
         if self.unknown == 0:
             return 1.0 - _MISSED ** (1 / self.starts)
+        from scipy import stats  # slow to import, and rarely needed
+
         # Clopper and Pearson's upper limit.
         law = stats.beta(self.unknown + 1, self.starts - self.unknown)
         return float(law.ppf(1 - _MISSED))
