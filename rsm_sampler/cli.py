@@ -9,8 +9,8 @@ r"""The command line: learn an energy, draw from what was learned, ask how far t
 An energy is a name that :func:`energies.names` knows, or the import path of the user's own,
 ``package.module:attribute``, looked for in the current folder first. Results go to standard
 output, progress and errors to standard error. The exit status is 0; 1 if ``diagnose`` finds that
-the samples cannot be trusted; 2 for an error; 130 if Ctrl-C came before there was anything to
-save.
+the samples are not trustworthy, 3 if it cannot tell; 2 for an error; 130 if Ctrl-C came before
+there was anything to save.
 """
 
 import math
@@ -40,9 +40,11 @@ from rsm_sampler.plotting import (
 from rsm_sampler.target.energy import BudgetExceededError
 from rsm_sampler.trainer import DivergedError, EnergyDiffusionTrainer
 from rsm_sampler.trainer_config import TrainerConfig
+from rsm_sampler.verdict.referee import RefereeName
 
 __all__ = ["diagnose", "fit", "main", "sample"]
 
+_STATUS = {"trustworthy": 0, "not trustworthy": 1, "cannot tell": 3}
 _FIGURES = (".png", ".pdf", ".svg")
 _DESCRIPTION = """Sample any energy with a diffusion model, and know how far to trust it.
 
@@ -246,18 +248,24 @@ def diagnose(
     energy: Energy,
     n: Draws = 8192,
     witness_evaluations: OptionalInt = None,
+    effort: float = 1.0,
+    referee: RefereeName | None = None,
     context: Numbers = None,
     seed: int = 0,
     figure: OptionalFile = None,
     device: str = "cpu",
 ) -> int:
-    """Examine a sampler against an independent witness; exit status 1 if it cannot be trusted.
+    """Examine a sampler against a second search; the exit status says what was found.
+
+    It is 0 for trustworthy, 1 for not trustworthy, 3 for cannot tell.
 
     Arguments:
         sampler: File that fit wrote.
         energy: Name or import path of the energy that it was fitted to.
         n: Number of fresh draws to examine.
         witness_evaluations: Energy evaluations of the witness; chosen by itself if None.
+        effort: Factor of the witness's evaluations.
+        referee: A nested sampler to run as well.
         context: The context to examine, for a conditional sampler.
         seed: Decides every random number.
         figure: File for a figure of samples, weights and training, .png, .pdf or .svg.
@@ -274,14 +282,19 @@ def diagnose(
         model.draw_context = draw_context
     given = None if context is None else torch.tensor(context)
     diagnosis = model.diagnose(
-        n, context=given, witness_evaluations=witness_evaluations, seed=seed
+        n,
+        context=given,
+        witness_evaluations=witness_evaluations,
+        effort=effort,
+        referee=referee,
+        seed=seed,
     )
     _write(str(diagnosis))
     if figure is not None:
         if given is None and model.context_dim is not None:
             raise ValueError("context must be given for the figure of a conditional sampler")
         _write(f"{_draw_diagnosis(model, target, n, given, seed, figure)}")
-    return 0 if diagnosis.trustworthy else 1
+    return _STATUS[diagnosis.verdict]
 
 
 def _draw_diagnosis(

@@ -46,6 +46,7 @@ from rsm_sampler.schema import (
 from rsm_sampler.target.coordinates import Affine, Coordinates, MeanFree, coordinates_of
 from rsm_sampler.target.energy import MeteredEnergy, metered
 from rsm_sampler.verdict.diagnosis import Diagnosis, diagnose
+from rsm_sampler.verdict.referee import RefereeName
 
 __all__ = ["EXACT_DENSITY", "EnergySampler", "WeightedDraws"]
 
@@ -546,6 +547,8 @@ class EnergySampler:
         energy: Callable[..., Tensor] | None = None,
         context: Float[Tensor, " context_dim"] | None = None,
         witness_evaluations: int | None = None,
+        effort: float = 1.0,
+        referee: RefereeName | None = None,
         seed: int | None = None,
     ) -> Diagnosis:
         """How far to trust the samples; see :func:`rsm_sampler.verdict.diagnosis.diagnose`."""
@@ -555,6 +558,8 @@ class EnergySampler:
             energy=self._energy(energy),
             context=context,
             witness_evaluations=witness_evaluations,
+            effort=effort,
+            referee=referee,
             seed=self.seed if seed is None else seed,
         )
 

@@ -57,7 +57,7 @@ EXEMPT: dict[str, str] = {
             "rsm_sampler.montecarlo.basins.",
             "rsm_sampler.montecarlo.population.",
             "rsm_sampler.montecarlo.densities.",
-            "rsm_sampler.montecarlo.resampling.",
+            "rsm_sampler.montecarlo.weights.",
             "rsm_sampler.target.contexts.",
             "rsm_sampler.distributed.",
             "rsm_sampler.verdict.witness.",

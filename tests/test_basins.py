@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from rsm_sampler.montecarlo.basins import _Basins, _quasi_newton, crowded, mixture_of_basins
 
 import energies
 from rsm_sampler.bank.bank import Bank
-from rsm_sampler.montecarlo.basins import _Basins, _quasi_newton, crowded, mixture_of_basins
 from rsm_sampler.montecarlo.densities import Mixture, StudentT, density_from_state
 from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.target.gradients import difference_curvature

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from rsm_sampler.bank.search import search
 from scipy import stats
 
 from energies import Funnel, GaussianMixture
 from rsm_sampler.bank.bank import Bank
-from rsm_sampler.bank.search import search
 from rsm_sampler.montecarlo.densities import KernelDensity, StudentT
 from rsm_sampler.target.energy import EnergyError, MeteredEnergy
 

@@ -90,7 +90,7 @@ def centre_minima(
 
 
 def _signs(dim: int, most: int, generator: torch.Generator) -> Tensor:
-    """Diagonals, (n, dim): all different ones if they are few, else (1, ..., 1) and random ones."""
+    """Diagonals, (n, dim): all of them if they are few, else (1, ..., 1) and random ones."""
     kinds = 2 ** (dim - 1) if dim < 31 else most + 1
     if kinds <= most:
         bits = torch.arange(kinds, device=generator.device)[:, None]

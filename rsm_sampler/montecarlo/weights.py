@@ -238,7 +238,7 @@ def pareto_shape(log_weight: Float[Tensor, " n"]) -> float:
         return math.inf
     ordered = (log_weight.double() - log_weight.amax()).exp().sort().values
     excess = (ordered[-tail:] - ordered[-tail - 1]).clamp(min=0)
-    if float(excess[-1]) <= 1e-12 or float(excess[(tail + 2) // 4 - 1]) <= 0:
+    if float(excess[-1]) <= 1e-6 or float(excess[(tail + 2) // 4 - 1]) <= 0:
         return 0.0
     grid = 30 + int(math.sqrt(tail))
     j = torch.arange(1, grid + 1, dtype=torch.float64, device=excess.device)

@@ -1,17 +1,16 @@
 """The verdict, with samplers that are exact for the target or for something near it."""
 
 import math
+import sys
 
 import pytest
 import torch
 from scipy import stats
 
 from energies import ConditionalMixture, GaussianMixture
-from rsm_sampler.energy_sampler import WeightedDraws
-from rsm_sampler.target.coordinates import Affine, Bounds
+from rsm_sampler.montecarlo.weights import pareto_shape
+from rsm_sampler.target.coordinates import Affine
 from rsm_sampler.target.energy import MeteredEnergy
-from rsm_sampler.verdict.diagnosis import diagnose, pareto_shape
-from rsm_sampler.verdict.witness import _cells, _regions, find_witness
 from tests.exact_sampler import ConditionalDenoiser, exact_sampler, sampler_of
 
 DOUBLE = torch.float64
@@ -65,60 +64,6 @@ class Blank(torch.nn.Module):
 
 def identity(dim, loc=0.0, scale=1.0):
     return Affine(torch.full((dim,), loc, dtype=DOUBLE), scale * torch.eye(dim, dtype=DOUBLE))
-
-
-# The witness
-
-
-def test_a_witness_without_a_finite_energy_confirms_nothing():
-    z = torch.randn(2000, 2, dtype=DOUBLE, generator=rng())
-    witness, _ = find_witness(lambda y: torch.full_like(y[:, 0], math.inf), z, 2000, rng())
-    assert not witness.conclusive
-    assert witness.ess == 0 and witness.log_z == -math.inf and witness.log_z_se == math.inf
-
-
-@pytest.mark.numbers
-def test_a_witness_starts_where_the_energy_is_finite():
-    """A wall in 60 dimensions, and a fifth of the draws behind it."""
-
-    def walled(y):
-        value = 2 * (y.square() - 1).square().sum(-1)
-        return torch.where(y[:, 0] > 0, value, math.inf)
-
-    z = torch.randn(4000, 60, dtype=DOUBLE, generator=rng()).sign()
-    z[:, 0] = torch.where(torch.arange(4000) % 5 == 0, -1.0, 1.0)
-    witness, masses = find_witness(walled, z, 20_000, rng(1))
-    assert witness.method == "parallel tempering" and math.isfinite(witness.log_z)
-    # The draws behind the wall have regions of their own, which the witness knows to be empty.
-    assert float((masses - witness.masses).max()) > 0.01
-    z[:, 0] = -1.0
-    witness, _ = find_witness(walled, z, 20_000, rng(1))
-    assert not witness.conclusive
-
-
-@pytest.mark.numbers
-def test_an_inconclusive_witness_accuses_of_nothing():
-    """The uniform law on a cube in 60 dimensions, drawn exactly: chains hardly mix there."""
-
-    def cube(x):
-        return torch.where((x.abs() < 1).all(-1), 0.0, math.inf)
-
-    class Cube:
-        coordinates, affine, dim, context_dim = Bounds(-math.inf, math.inf, 60), None, 60, None
-        search, draw_context, device = {}, None, torch.device("cpu")
-
-        def weighted_draws(self, n, *, energy, context, generator):
-            x = 2 * torch.rand(n, 60, generator=generator) - 1
-            value = energy(x, purpose="diagnosis")
-            return WeightedDraws(x, torch.zeros(n), value, torch.full((n,), -60 * math.log(2.0)))
-
-    sampler = Cube()
-    sampler.affine = identity(60, 0.0, 1 / math.sqrt(3))
-    report = diagnose(
-        sampler, 4000, energy=MeteredEnergy(cube, 60), witness_evaluations=20_000, seed=0
-    )
-    assert not report.witness.conclusive and not report.trustworthy
-    assert not any(text.startswith("modes are missing") for text in report.advice)
 
 
 # The verdict
@@ -202,14 +147,14 @@ def test_a_sampler_far_from_every_finite_energy_gets_a_verdict(value):
     assert not report.trustworthy
     assert report.ess == 0
     assert "no draw has a finite energy" in report.findings
-    assert "NOT trustworthy" in str(report)
+    assert "not trustworthy" in str(report)
 
 
 @pytest.mark.parametrize("evaluations", [100, 300])
 def test_an_inconclusive_witness_confirms_nothing(evaluations):
     report = exact_sampler(mixture(1)).diagnose(1000, witness_evaluations=evaluations)
     assert not report.witness.conclusive
-    assert not report.trustworthy
+    assert report.verdict == "cannot tell"
     assert any("witness is inconclusive" in finding for finding in report.findings)
     assert any(f"witness_evaluations={4 * evaluations}" in advice for advice in report.advice)
 
@@ -221,6 +166,133 @@ def test_a_small_budget_makes_a_small_examination():
     assert report.witness.evaluations == 2500
     assert report.evaluations < 10_000
     assert report.trustworthy, str(report)
+
+
+# The energy itself
+
+
+def test_a_noisy_energy_is_recognised_and_not_blamed_on_the_sampler():
+    """Noise of one nat costs two thirds of the effective size of exact draws."""
+    target, noise = mixture(0), torch.Generator().manual_seed(7)
+
+    def energy(x):
+        return target(x) + torch.randn(len(x), generator=noise).to(x)
+
+    sampler = exact_sampler(target)
+    sampler.energy = MeteredEnergy(energy, 2)
+    report = sampler.diagnose(4096, witness_evaluations=20_000)
+    assert report.verdict == "cannot tell", str(report)
+    assert report.noise == pytest.approx(1.0, abs=0.3)
+    assert any(text.startswith("noise: the energy gives other values") for text in report.findings)
+    assert not any("train longer" in text for text in report.advice)
+
+
+def test_an_exact_energy_has_no_noise():
+    assert exact_sampler(mixture(0)).diagnose(1000, witness_evaluations=2000).noise < 1e-3
+
+
+def test_rounding_is_named():
+    """Single precision near 10^8 knows steps of 8, the draws' energies spread by one."""
+    target = mixture(0)
+    sampler = exact_sampler(target)
+    sampler.energy = MeteredEnergy(lambda x: (target(x).float() + 1e8).float(), 2)
+    report = sampler.diagnose(2000, witness_evaluations=20_000)
+    assert report.verdict == "cannot tell", str(report)
+    assert any(text.startswith("rounding: energies of about 1e+08") for text in report.findings)
+    assert any(text.startswith("rounding: subtract a constant") for text in report.advice)
+
+
+# What it says
+
+
+@pytest.mark.parametrize(
+    ("stopped", "advice"),
+    [
+        ("rule", "training stopped by its own rule"),
+        ("budget", "a larger budget"),
+        ("cycles", "train longer: trainer.fit(max_cycles=...)"),
+        (None, "train longer if training did not stop by itself"),
+    ],
+)
+def test_advice_leads_somewhere(stopped, advice):
+    target = mixture(1)
+    sampler = exact_sampler(target, broken(target, "too narrow"))
+    sampler.search = {"stopped": stopped}
+    report = sampler.diagnose(2000, witness_evaluations=20_000)
+    assert report.verdict == "not trustworthy"
+    assert any(text.startswith(advice) for text in report.advice), report.advice
+
+
+def test_a_finding_has_value_tolerance_and_error():
+    target = mixture(16)
+    report = exact_sampler(target, broken(target, "a mode removed")).diagnose(
+        witness_evaluations=20_000
+    )
+    found = {finding.test: finding for finding in report.failed}
+    assert {"log Z", "masses", "basins"} <= set(found)
+    z = found["log Z"]
+    assert z.value == pytest.approx(abs(report.log_z - report.witness.log_z))
+    assert z.value > z.tolerance + 4 * z.error
+    lightest = float(target.weights.amin())
+    assert found["basins"].value < 0.1 * lightest
+    assert found["basins"].tolerance == pytest.approx(lightest, abs=5 * found["basins"].error)
+    assert [str(finding) for finding in report.failed] == report.findings
+
+
+def test_a_bank_that_is_worth_nothing_in_most_contexts_is_not_passed():
+    sampler = exact_sampler(mixture(0))
+    sampler.search = {"context_ess": [1.0, 1.003, 1.1, 50.0]}
+    report = sampler.diagnose(1000, witness_evaluations=20_000)
+    assert report.verdict == "cannot tell", str(report)
+    assert any("the bank was worth 1.0 effective points" in text for text in report.findings)
+
+
+def test_effort_multiplies_the_cost_that_is_stated_before(caplog):
+    sampler = exact_sampler(mixture(0))
+    with caplog.at_level("INFO", logger="rsm_sampler.verdict.diagnosis"):
+        report = sampler.diagnose(1000, witness_evaluations=4000, effort=2.0)
+    assert report.witness.evaluations == 8000
+    assert "8000 evaluations for the witness" in caplog.text
+    assert f"up to {report.planned} in all" in caplog.text
+    assert report.evaluations <= report.planned
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("effort", [0.0, -1.0, math.inf, math.nan])
+def test_effort_is_positive(effort):
+    with pytest.raises(ValueError, match="effort must be positive and finite, got"):
+        exact_sampler(mixture(0)).diagnose(effort=effort)
+
+
+# A nested sampler of another library
+
+
+@pytest.mark.numbers
+def test_a_referee_takes_part():
+    pytest.importorskip("nautilus")
+    target = mixture(0)
+    report = exact_sampler(target).diagnose(4096, witness_evaluations=20_000, referee="nautilus")
+    assert report.trustworthy, str(report)
+    referee = report.referee
+    assert referee is not None and referee.conclusive
+    assert abs(referee.log_z) <= 5 * referee.log_z_se + 0.05
+    assert "referee       nautilus" in str(report)
+    report = exact_sampler(target, broken(target, "a mode removed")).diagnose(
+        4096, witness_evaluations=20_000, referee="nautilus"
+    )
+    assert any("log Z differs from nautilus" in text for text in report.findings)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dynesty", None)
+    with pytest.raises(ImportError, match=r"needs dynesty: pip install 'rsm-sampler\[referee\]'"):
+        exact_sampler(mixture(0)).diagnose(500, witness_evaluations=1000, referee="dynesty")
+
+
+@pytest.mark.bad_input
+def test_an_unknown_referee_is_refused():
+    with pytest.raises(ValueError, match=r"referee must be one of .*nautilus.*, got 'umpire'"):
+        exact_sampler(mixture(0)).diagnose(500, witness_evaluations=1000, referee="umpire")
 
 
 # What it counts, prints and needs
@@ -246,9 +318,11 @@ def test_the_same_seed_gives_the_same_report():
 def test_the_report_prints_what_was_searched_and_what_to_try():
     target = mixture(1)
     text = str(exact_sampler(target, broken(target, "a mode removed")).diagnose(2000))
-    for part in ("verdict       NOT trustworthy", "ESS", "Pareto k", "log Z", "energy drift",
-                 "witness       broad bank, 65,536 evaluations", "searched", "resolution",
-                 "against it    ", "try           "):  # fmt: skip
+    for part in ("verdict       not trustworthy", "ESS", "Pareto k", "log Z", "energy drift",
+                 "witness       importance sampling, 65,536 evaluations", "resolution",
+                 "coverage      searched scales 10^-4 to 10^5", "independent starts ended in",
+                 "cost          ", "planned at most ", "against it    ",
+                 "try           "):  # fmt: skip
         assert part in text, part
 
 
@@ -336,27 +410,3 @@ def test_pareto_shape_of_special_weights():
     assert pareto_shape(single) >= 0
     bounded = torch.rand(20_000, dtype=DOUBLE, generator=rng()).log()
     assert pareto_shape(bounded) < 0
-
-
-# Regions
-
-
-def test_regions_hold_every_cell_and_every_mode():
-    """Of well-separated modes each is a union of cells, and one of the regions is that union."""
-    target = GaussianMixture.grid(4, spacing=20.0, std=1.0)
-    points = target.sample((4000,), generator=rng(), dtype=DOUBLE)
-    cells = _cells(points, rng(1))
-    regions = _regions(cells)
-    assert regions.shape == (24, 24 + 22)
-    assert torch.equal(regions[:, :24], torch.eye(24, dtype=DOUBLE))
-    owner = target.responsibilities(cells).argmax(-1)
-    for k in range(4):
-        assert (regions == (owner == k).double().unsqueeze(-1)).all(0).any()
-
-
-def test_few_distinct_points_make_few_cells():
-    points = torch.tensor([[0.0], [1.0], [1.0], [0.0]], dtype=DOUBLE)
-    cells = _cells(points, rng())
-    assert sorted(cells[:, 0].tolist()) == [0.0, 1.0]
-    assert torch.equal(_regions(cells), torch.eye(2, dtype=DOUBLE))
-    assert torch.equal(_regions(cells[:1]), torch.ones(1, 1, dtype=DOUBLE))
