@@ -112,18 +112,29 @@ _TRAINER = record(
         "first_step": integer(),
         "cycle": integer(most=1000),
         "seconds": number(least=0.0),
-    }
-)
-# Of a bank's density: that its tensors fit together its values at the bank's points show.
-_DENSITY = record(
-    {},
-    {
-        "df": number(least=1.0, most=100.0),
-        "tail": number(least=1.0, most=100.0),
-        "share": number(above=0.0, most=1.0),
     },
-    others=tensor(),
+    {"seen": plain},
 )
+
+
+# Of a bank's density: that its tensors fit together its values at the bank's points show.
+def _density(value: object, key: str) -> None:
+    """Allow the state of a density, whose parts may be densities."""
+    record(
+        {},
+        {
+            "df": number(least=1.0, most=1e4),
+            "tail": number(least=1.0, most=1e4),
+            "share": number(least=0.0, most=1.0),
+            "laws": items(_density),
+            "counts": items(integer(least=1)),
+            "broad": _density,
+            "kind": tensor(None, dtypes=(torch.int64,)),
+        },
+        others=tensor(),
+    )(value, key)
+
+
 _LEAST_BUDGET = 500
 _WORTH_A_CYCLE = 1.25  # growth of the share of the effective sample size
 _SAVE_EVERY = 600.0  # seconds of a cycle
@@ -606,8 +617,7 @@ class EnergyDiffusionTrainer:
 
     def _seen(self) -> dict[str, Any]:
         """What the search saw, in plain values: for the file of the sampler."""
-        found = self.supply.found
-        return {} if found is None else found.record(self.coordinates)
+        return self.supply.seen
 
     # ------------------------------------------------------------------ search
 
@@ -876,6 +886,7 @@ class EnergyDiffusionTrainer:
             "counts": dict(self.energy.counts),
             "budget": self.energy.budget,
             "bank": None if self.bank is None else self.bank.state(),
+            "seen": self.supply.seen,
             "denoiser": dict(self.denoiser.state_dict()),
             "average": dict(self.average.state_dict()),
             "optimiser": self.optimiser.state_dict(),
@@ -938,13 +949,14 @@ class EnergyDiffusionTrainer:
         self.step, self.step_in_cycle = state["step"], state["step_in_cycle"]
         self.cycle, self.seconds = state["cycle"], state["seconds"]
         self._first_step = state["first_step"]
+        self.supply.seen = state.get("seen", {})
 
     def _bank_kept(self, state: dict[str, Any] | None) -> Bank | None:
         """The bank that a checkpoint holds, if it is one of this trainer's coordinates."""
         if state is None:
             return None
         if state.get("density") is not None:
-            _DENSITY(state["density"], "payload['bank']['density']")
+            _density(state["density"], "payload['bank']['density']")
         bank, dim = Bank.from_state(state, self.device), self.coordinates.reduced
         tensor(None, None, dim)(bank.points, "payload['bank']['points']")
         rows, columns, _ = bank.points.shape

@@ -135,7 +135,7 @@ def test_the_global_generator_is_neither_read_nor_moved():
 
 
 def test_the_energy_is_never_differentiated():
-    """Values without a graph, from points that ask for none, train to the same bits."""
+    """Where gradients are not wanted, values without a graph train to the same bits."""
 
     class ValuesOnly(torch.autograd.Function):
         @staticmethod
@@ -150,10 +150,12 @@ def test_the_energy_is_never_differentiated():
         assert not x.requires_grad
         return ValuesOnly.apply(x)
 
-    plain = fit(EnergyDiffusionTrainer(normal, 2, config=tiny(max_cycles=1)))
-    same(plain, fit(EnergyDiffusionTrainer(energy, 2, config=tiny(max_cycles=1))))
-    same(plain, fit(EnergyDiffusionTrainer(lambda x: normal(x).detach(), 2,
-                                           config=tiny(max_cycles=1))))  # fmt: skip
+    def run(function):
+        return fit(EnergyDiffusionTrainer(function, 2, gradients="none", config=tiny(max_cycles=1)))
+
+    plain = run(normal)
+    same(plain, run(energy))
+    same(plain, run(lambda x: normal(x).detach()))
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}])
@@ -227,7 +229,7 @@ def test_the_default_precision_of_torch_does_not_matter(kind, double_default):
             torch.cat([p.flatten() for p in sampler.denoiser.parameters()]),
             x,
             *(sampler.sample(5, method=m, context=context) for m in ("ddim", "langevin")),
-            *(sampler.weighted_draws(20, context=context, paths=p).log_weight for p in (0, 1)),
+            *(sampler.weighted_draws(20, context=context, paths=p).log_weight for p in (False, True)),
             sampler.log_prob(x, context=context),
             sampler.refine(x, steps=2, context=context).x,
             torch.tensor([report.log_z, report.witness.log_z], dtype=torch.float64),

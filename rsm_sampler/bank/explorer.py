@@ -14,6 +14,7 @@ r"""From a problem to weighted points of its law, and a record of what was seen 
    (:mod:`rsm_sampler.montecarlo.population`): equally weighted, dependent points.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from rsm_sampler.montecarlo.descents import descend
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, sequential_monte_carlo
 from rsm_sampler.montecarlo.weights import LogWeights
 from rsm_sampler.target.coordinates import Bounds, Coordinates, MeanFree
-from rsm_sampler.target.energy import EnergyError
+from rsm_sampler.target.energy import BudgetExceededError, EnergyError
 from rsm_sampler.target.problem import Problem
 
 __all__ = ["Found", "explore_problem"]
@@ -178,7 +179,8 @@ class _Explorer:
             self.report, self.begun + plan.evaluations, self.paths,
         )  # fmt: skip
         if not symmetric:  # what turns freely has no isolated minima
-            self._basins(scene)
+            with contextlib.suppress(BudgetExceededError):  # what was found by then is entered
+                self._basins(scene)
         sources = self.sources
         if sources is None:
             sources = [Kernels()] if symmetric else [BasinMixture(), Kernels()]
@@ -190,7 +192,7 @@ class _Explorer:
         for source in sources:
             if best is not None and not plan.worth(best.share, plan.round):
                 break
-            proposal = source.propose(scene)
+            proposal = self._proposed(source, scene)
             if proposal is not None and (best is None or proposal.share > best.share):
                 best, chosen = proposal, source
         bank = None
@@ -209,12 +211,18 @@ class _Explorer:
             if room < plan.round:
                 break
             scene.limit = self.meter.evaluations + min(plan.wave, room // 2)
-            best = chosen.propose(scene)
+            best = self._proposed(chosen, scene)
         if bank is None:
             best = None
             bank = self._chains()
         self._masses(bank)
         return Found(bank, self.ledger, best, self.surveyed, self._region(), reasons)
+
+    def _proposed(self, source: BankSource, scene: Scene) -> Proposal | None:
+        try:
+            return source.propose(scene)
+        except BudgetExceededError:
+            return None
 
     # ---------------------------------------------------------------- location and scale
 
@@ -337,6 +345,8 @@ class _Explorer:
         """Descents from independent starts, and from lines through what they found."""
         plan, before = self.plan, self.spent
         most = int(plan.descents * plan.evaluations)
+        if most < 20 * self.problem.dim:  # not one basin could be looked at
+            return
         self._descend(scene, plan.batch, most)
         if not self.ledger.crowded:
             each = int(plan.scans * plan.evaluations) // 2
@@ -446,7 +456,9 @@ class _Explorer:
         evaluations = self.plan.chains
         if self.meter.remaining is not None:
             evaluations = min(evaluations, max(0, self.plan.total - self.spent))
-        evaluations = max(LEAST_EVALUATIONS, evaluations)
+        if evaluations < LEAST_EVALUATIONS:  # all that there is, with whatever weights
+            weights = self.pool.weights
+            return Bank.of_draws(self.pool.x[None], weights.value[None], None, self.pool.law)
         size = max(16, min(512, evaluations // 256))
         visited = sequential_monte_carlo(
             self._values,

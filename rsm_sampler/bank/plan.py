@@ -107,7 +107,7 @@ class Plan:
             evaluations = min(evaluations, int(0.45 * free))
             wave = min(wave, max(1, free // 8))
             bank = min(bank, free - evaluations)
-            chains = min(chains, free)
+            chains = min(chains, max(1, free - evaluations))
         few = min(1.0, ess / 20_000)  # a small answer is not worth a large preparation
         return cls(
             dim=dim,

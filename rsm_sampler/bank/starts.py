@@ -105,7 +105,9 @@ def _lowest(
     problem: Problem, centre: Tensor, direction: Tensor, first: float, places: int, most: int
 ) -> Tensor:
     """Points with a higher neighbour on both sides, on lines through a centre, but the centre."""
-    direction = direction[: max(1, most // (2 * places + 1))]
+    direction = direction[: most // (2 * places + 1)]
+    if len(direction) == 0:
+        return direction
     place = first * _RATIO ** torch.arange(places, dtype=centre.dtype, device=centre.device)
     place = torch.cat([-place.flip(0), torch.zeros_like(place[:1]), place])
     x = centre + place[None, :, None] * direction[:, None]

@@ -9,14 +9,14 @@ stay those of the first bank.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rsm_sampler.bank.bank import Bank
 from rsm_sampler.bank.conditional import conditional_bank
-from rsm_sampler.bank.explorer import Found, explore_problem
+from rsm_sampler.bank.explorer import explore_problem
 from rsm_sampler.bank.plan import FEW_DIMENSIONS, Plan
 from rsm_sampler.bank.sources import BankSource
 from rsm_sampler.energy_sampler import EnergySampler
@@ -79,7 +79,7 @@ class Supply:
 
     Attributes:
         problem: The energy in unbounded coordinates.
-        found: What the search saw; None before it, and with contexts.
+        seen: What the search saw, in plain values; empty before it, and with contexts.
         bank: The bank; None before there is one.
         affine: From z to unbounded coordinates.
         context: Contexts of the bank's rows, or None.
@@ -104,7 +104,7 @@ class Supply:
         self.generator, self.contexts, self.gradients = generator, contexts, gradients
         self.sources = sources
         self.problem = Problem(energy, coordinates, contexts=contexts, gradients=gradients)
-        self.found: Found | None = None
+        self.seen: dict[str, Any] = {}
         self.bank: Bank | None = None
         self.affine = Affine.identity(coordinates.reduced)
         self.context: Tensor | None = None
@@ -158,18 +158,27 @@ class Supply:
         if isinstance(self.coordinates, MeanFree) and self.coordinates.reduced > FEW_DIMENSIONS:
             relaxing = int(_RELAXING * plan.chains)
             relaxing = relaxing if plan.chains - relaxing >= LEAST_EVALUATIONS else 0
-            plan = dataclasses.replace(plan, chains=plan.chains - relaxing)
-        self.found = explore_problem(
-            self.problem,
-            plan,
-            self.generator,
-            centre=centre,
-            scale=scale,
-            sources=self.sources,
-            report=phase,
-        )
-        bank = self.found.bank
-        if relaxing and bank.method == "chains":
+            chains = plan.chains - relaxing
+            plan = dataclasses.replace(plan, chains=chains, total=plan.total - relaxing)
+        budget = self.energy.budget
+        if free is not None:  # what is reserved for checks is out of reach
+            self.energy.budget = self.energy.evaluations + max(free, 2 * LEAST_EVALUATIONS)
+        try:
+            found = explore_problem(
+                self.problem,
+                plan,
+                self.generator,
+                centre=centre,
+                scale=scale,
+                sources=self.sources,
+                report=phase,
+            )
+        finally:
+            self.energy.budget = budget
+        self.seen, bank = found.record(self.coordinates), found.bank
+        if self.energy.remaining is not None:
+            relaxing = min(relaxing, self.energy.remaining - reserve)
+        if relaxing > 0 and bank.method == "chains":
             report("search: particles come to rest")
             bank = self._relaxed(bank, relaxing)
         self.adopt(self._helped(bank, reserve, report))
