@@ -6,7 +6,6 @@ are worth as much as was asked for. What it finds is what
 first part of ``trainer.fit()``.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from rsm_sampler.bank.bank import Bank
 from rsm_sampler.bank.explorer import Found, explore_problem
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.sources import BankSource
+from rsm_sampler.checked import checked
 from rsm_sampler.montecarlo.weights import LogWeights
-from rsm_sampler.target.coordinates import Bounds, Coordinates
+from rsm_sampler.target.coordinates import Coordinates, bounds_of
 from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.target.gradients import GradientMethod
 from rsm_sampler.target.problem import Problem
@@ -106,6 +106,7 @@ class Exploration:
             "95 % confidence; a mode without a basin, or one that catches fewer, may be missing."
         )
 
+    @checked
     def resample(
         self, n: int, *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "n dim"]:
@@ -136,6 +137,11 @@ class Exploration:
         return "\n".join(lines)
 
 
+@checked(
+    skip=("energy", "bounds"),
+    least={"ess": 1, "budget": _LEAST_BUDGET},
+    above={"seconds": 0, "scale": 0, "call_timeout": 0},
+)
 def explore(
     energy: Callable[..., Tensor],
     dim: int,
@@ -188,17 +194,10 @@ def explore(
         >>> len(found.basins), found.verdict
         (4, 'trustworthy')
     """
-    if not ess >= 1:
-        raise ValueError(f"ess must be at least 1, got {ess}")
-    if budget is not None and budget < _LEAST_BUDGET:
-        raise ValueError(f"budget must be at least {_LEAST_BUDGET} evaluations, got {budget}")
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
     started = time.perf_counter()
     device = torch.device(device)
     meter = MeteredEnergy(energy, dim, budget=budget, dtype=dtype, call_timeout=call_timeout)
-    low, high = (-math.inf, math.inf) if bounds is None else bounds
-    coordinates = Bounds(low, high, dim)
+    coordinates = bounds_of(bounds, dim)
     problem = Problem(meter, coordinates, gradients=gradients)
     where = None
     if centre is not None:

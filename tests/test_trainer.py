@@ -151,7 +151,9 @@ def test_the_energy_is_never_differentiated():
         return ValuesOnly.apply(x)
 
     def run(function):
-        return fit(EnergyDiffusionTrainer(function, 2, gradients="none", config=tiny(max_cycles=1)))
+        return fit(
+            EnergyDiffusionTrainer(function, 2, gradients="none", config=tiny(max_cycles=1))
+        )
 
     plain = run(normal)
     same(plain, run(energy))
@@ -229,7 +231,10 @@ def test_the_default_precision_of_torch_does_not_matter(kind, double_default):
             torch.cat([p.flatten() for p in sampler.denoiser.parameters()]),
             x,
             *(sampler.sample(5, method=m, context=context) for m in ("ddim", "langevin")),
-            *(sampler.weighted_draws(20, context=context, paths=p).log_weight for p in (False, True)),
+            *(
+                sampler.weighted_draws(20, context=context, paths=p).log_weight
+                for p in (False, True)
+            ),
             sampler.log_prob(x, context=context),
             sampler.refine(x, steps=2, context=context).x,
             torch.tensor([report.log_z, report.witness.log_z], dtype=torch.float64),

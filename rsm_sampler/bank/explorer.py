@@ -44,8 +44,10 @@ _LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
 _WIDER = math.sqrt(1.2)  # than the moments say, is the next broad law
 _HINT = 100.0  # a stated width may be wrong by this factor
 _SLOWER, _SLOW = 30.0, 2e-3  # times the usual time a point takes, and seconds: the survey stops
+_FINITE = 16  # points of finite energy: fewer, and the survey goes on
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
+_MORE = 4  # times as many starts, where some basins catch far fewer than others
 _STEPS = 100  # downhill
 _PIECE = 32_768  # draws of a bank at a time
 
@@ -247,6 +249,14 @@ class _Explorer:
         if done < len(largest):  # only scales that were all looked at
             inside = largest[:done] <= self.ladder.scales[-1]
             x, energy = x[inside], energy[inside]
+        while (
+            int(energy.isfinite().sum()) < _FINITE
+            and self.problem.reach is None
+            and self.spent + len(largest) <= self.plan.evaluations // 4
+            and not self.late
+        ):
+            more = self.ladder.sample(len(largest), self.generator)
+            x, energy = torch.cat([x, more]), torch.cat([energy, self._values(more)])
         self.pool.add(self.ladder, x, energy)
         self.surveyed = len(x)
         self._lowest = float(energy.amin())
@@ -309,7 +319,13 @@ class _Explorer:
         weights = self.pool.weights if weights is None else weights
         x = self.pool.x if x is None else x
         beta = weights.largest_power(least)
-        loc, tril = weighted_moments(x, weights.tempered(beta).normalised(), shrunk=shrunk)
+        tempered = weights.tempered(beta)
+        loc, tril = weighted_moments(x, tempered.normalised(), shrunk=shrunk)
+        effective = float(tempered.ess())
+        if shrunk and effective < len(loc) + 1:  # too few to have a width: their distance has one
+            away = (loc - self.ladder.loc).norm() / math.sqrt(len(loc))
+            apart = torch.where(self.ladder.kind == 2, 1.0, away) / math.sqrt(effective)
+            tril = torch.linalg.cholesky(tril @ tril.mT + apart.square().diag())
         return StudentT(loc, tril * _WIDER), beta
 
     def _refuse_flat(self, law: StudentT, n: int, few: float) -> None:
@@ -357,7 +373,7 @@ class _Explorer:
             pass
         while (
             not self.ledger.crowded
-            and self.ledger.starts < plan.starts
+            and self.ledger.starts < plan.starts * (_MORE if self.ledger.uneven else 1)
             and self.spent - before < most
             and not self.late
         ):
@@ -369,7 +385,9 @@ class _Explorer:
         start = independent_starts(n, self.ladder, self.broad, self.generator)
         return self._entered(scene, start, most, independent=True)
 
-    def _entered(self, scene: Scene, start: Tensor, most: int, *, independent: bool) -> bool:
+    def _entered(
+        self, scene: Scene, start: Tensor, most: int, *, independent: bool, follow: bool = True
+    ) -> bool:
         """Follow descents to the ledger; whether there was budget for it."""
         width, problem = scene.width, self.problem
         cost = problem.slope_cost(self.pool.x[self.pool.energy.argmin()].expand(2, -1))
@@ -387,6 +405,12 @@ class _Explorer:
             lost = int((~rested).sum())
             self.ledger.starts += lost
             self.ledger.lost += lost
+        leads, self.ledger.leads = self.ledger.leads, []
+        if leads and follow:
+            self._entered(
+                scene, torch.cat(leads)[:_STARTS_OF_LINES], min(most, scene.left // 4),
+                independent=False, follow=False,
+            )  # fmt: skip
         return True
 
     def _scan(self, scene: Scene, most: int) -> bool:

@@ -26,6 +26,7 @@ _WIDEST = 4.0  # widths of a basin, in units of the broad law's
 _SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
 _NEWTON = 3
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
+_RARE = 0.1  # share of the starts
 _MOST = 64  # basins with a curvature
 
 
@@ -64,7 +65,7 @@ class Ledger:
         basins: The basins, in the order in which they were found.
         starts: Independent starts of finite energy so far.
         lost: Of these, how many came to rest in no basin.
-        beside: Places beside minima where the energy bends down within the minimum's own width.
+        leads: Points near a minimum that lie below it: a narrower basin is beside or within it.
         full: Whether there are more basins than can be held: the minima form a continuum, or are
             too many to find.
     """
@@ -72,14 +73,19 @@ class Ledger:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.basins: list[Basin] = []
-        self.beside: list[Tensor] = []
         self.starts = self.lost = 0
+        self.leads: list[Tensor] = []
         self.full = False
 
     @property
     def alone(self) -> int:
         """Basins in which a single independent start ended."""
         return sum(basin.starts == 1 for basin in self.basins)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether a basin caught less than a tenth of the starts: there may be rarer ones."""
+        return any(basin.starts < _RARE * self.starts for basin in self.basins)
 
     @property
     def crowded(self) -> bool:
@@ -119,19 +125,18 @@ class Ledger:
                 if independent:
                     self.lost += len(free)
                 break
-            found = self._basin(x[free[0]], float(energy[free[0]]), width)
-            if found is None:  # a saddle: nothing ends there for long
+            new = self._basin(x[free[0]], float(energy[free[0]]), width)
+            if new is None:  # a saddle: nothing ends there for long
                 self.lost += int(independent)
                 free = free[1:]
                 continue
-            basin = found
-            self.basins.append(basin)
+            self.basins.append(new)
             # The first belongs to it, wherever Newton's steps have led.
             if independent:
-                basin.starts += 1
+                new.starts += 1
             else:
-                basin.others += 1
-            free = self._taken(basin, x, energy, free[1:], independent)
+                new.others += 1
+            free = self._taken(new, x, energy, free[1:], independent)
         if independent:
             self.starts += len(x)
         return len(self.basins) - before
@@ -159,7 +164,7 @@ class Ledger:
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
         """The basin of a point at rest, by Newton's method and the curvature; None at a saddle."""
         problem = self.problem
-        factor, lowest = self._along(x, (_SMALL * width).diag(), width)
+        factor, lowest, _ = self._along(x, (_SMALL * width).diag(), width)
         if lowest < -1:
             return None
         for _ in range(_NEWTON):
@@ -173,12 +178,11 @@ class Ledger:
             if not lower < energy:
                 break
             x, energy = trial, lower
-        wider, lowest = self._along(x, _STEP * factor, width)
-        if lowest < -1:  # a minimum that ends within its own width: something is beside it
-            steps = (_STEP * factor).mT
-            self.beside.append(torch.cat([x + steps, x - steps]))
+        wider, lowest, below = self._along(x, _STEP * factor, width, energy)
+        if len(below):  # what lies beside it is no part of its shape
+            self.leads.append(below)
             return Basin(x, energy, factor)
-        return Basin(x, energy, wider)
+        return None if lowest < -1 else Basin(x, energy, wider)
 
     def factor(
         self, x: Float[Tensor, " dim"], width: Float[Tensor, " dim"]
@@ -189,15 +193,17 @@ class Ledger:
             x: The point.
             width: The order of magnitude of the law's widths.
         """
-        axes, _ = self._along(x, (_SMALL * width).diag(), width)
+        axes = self._along(x, (_SMALL * width).diag(), width)[0]
         return self._along(x, _STEP * axes, width)[0]
 
-    def _along(self, x: Tensor, axes: Tensor, width: Tensor) -> tuple[Tensor, float]:
+    def _along(
+        self, x: Tensor, axes: Tensor, width: Tensor, energy: float = -torch.inf
+    ) -> tuple[Tensor, float, Tensor]:
         """A root of the inverse curvature, from differences of slopes along the columns of axes.
 
         No direction is wider than a few widths of the broad law: where the energy is flat, or
         falls, the curvature says nothing. The lowest curvature comes with it, in units of the
-        one of that width.
+        one of that width, and the ends that lie more than a nat below an energy.
         """
         steps = axes.mT
         ends = torch.cat([x + steps, x - steps])
@@ -213,4 +219,5 @@ class Ledger:
         scaled = (hessian / (least[:, None] * least).sqrt()).nan_to_num(0.0, 0.0, 0.0)
         curvature, vectors = torch.linalg.eigh(scaled.clamp(-_STEEPEST, _STEEPEST))
         vectors = vectors * curvature.clamp(min=1.0).rsqrt()
-        return (axes / least.sqrt()) @ vectors, float(curvature[0])
+        below = ends[value < energy - _SLACK]
+        return (axes / least.sqrt()) @ vectors, float(curvature[0]), below

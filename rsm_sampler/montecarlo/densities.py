@@ -159,7 +159,8 @@ class KernelDensity:
         """Draw n points, the broad ones last."""
         num_broad = round(self.share * n)
         white = self.white
-        index = torch.multinomial(self.weight, n - num_broad, True, generator=generator)
+        near = n - num_broad
+        index = torch.multinomial(self.weight, max(1, near), True, generator=generator)[:near]
         noise = torch.randn(
             len(index),
             white.shape[-1],
@@ -169,8 +170,8 @@ class KernelDensity:
         )
         stretch = _stretch(len(index), TAIL, noise, generator)
         z = white[index] + (self.tril[index] @ noise.unsqueeze(-1)).squeeze(-1) * stretch
-        near = self.broad.loc + z @ self.broad.scale_tril.mT
-        return torch.cat([near, self.broad.sample(num_broad, generator)])
+        x = self.broad.loc + z @ self.broad.scale_tril.mT
+        return torch.cat([x, self.broad.sample(num_broad, generator)])
 
     def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
         """Log-density, by all kernels."""
@@ -293,8 +294,8 @@ class ScaleLadder:
     log-uniform over a ladder: half of the draws have one scale for all these coordinates, half
     have a scale of its own for each,
 
-    .. math:: q(x) = 	frac12\, 	frac1S \sum_s \prod_i N(x_i; m_i, s^2)
-              + 	frac12 \prod_i 	frac1S \sum_s N(x_i; m_i, s^2).
+    .. math:: q(x) = \tfrac12\, \tfrac1S \sum_s \prod_i N(x_i; m_i, s^2)
+              + \tfrac12 \prod_i \tfrac1S \sum_s N(x_i; m_i, s^2).
 
     Its tails, :math:`|x|^{-d}` up to logarithms, are heavier than those of any law that can be
     normalised, up to the largest scale.
@@ -380,7 +381,7 @@ class ScaleLadder:
 class Joint:
     r"""What points that were drawn from several laws in turn follow together.
 
-    .. math:: q(x) = rac{\sum_t n_t\, q_t(x)}{\sum_t n_t}
+    .. math:: q(x) = \frac{\sum_t n_t\, q_t(x)}{\sum_t n_t}
 
     Weights with this density are bounded by those of the best of the laws (deterministic mixture
     weights).

@@ -28,6 +28,10 @@ _MEMORY = 5  # energies that a step may not exceed
 _PAIRS = 8  # of steps and changes of slope, from which a curvature is learned
 _FIRST_STEP = 0.01  # length of the first step, in units of the widths
 _LEVEL = 10.0  # times the tolerance: change of energy that the slope at the end still foretells
+_HELD = 4  # steps that were cut short and changed nothing, one after the other: held by a wall
+_ROUNDING = 1e-8  # change of slope, in units of the slope, that may be rounding
+_LONGEST = 100.0  # times the last step, is a step
+_LONGER = 2.0  # factor where the last step met no convexity
 _SHORTER, _SHORTEST = 0.25, 1e-5  # factor after a rejected step; where a point is stuck
 
 
@@ -41,6 +45,8 @@ class Descent:
         start: Index of the start of each, (n).
         rested: Whether a step changed the energy by less than the tolerance, or none was possible
             (at a wall), before the steps were used up, (n).
+        path: Points on the way, in the order of the steps, (m, dim).
+        path_energy: Their energies, (m).
     """
 
     x: Float[Tensor, "n dim"]
@@ -83,7 +89,7 @@ def descend(
     active = torch.arange(len(x), device=x.device)
     before = energy.expand(_MEMORY, -1).clone()
     shorter = torch.ones_like(energy)
-    taken = torch.zeros_like(active)
+    taken, held = torch.zeros_like(active), torch.zeros_like(active)
     history, changes = (x.new_zeros((_PAIRS, *x.shape)) for _ in range(2))
     final = energy.clone()
     path, path_energy = [x.clone()], [energy]
@@ -102,8 +108,10 @@ def descend(
         change = (trial_energy - before[(i - 1) % _MEMORY]).abs()
         whole = shorter == 1  # a step that was cut short says nothing
         along = (trial_slope * step).sum(-1).abs()  # across a valley energies may be equal
-        whole &= along < _LEVEL * tolerance
-        still = (down & whole & (change < tolerance) & (taken > 2)) | (shorter < _SHORTEST)
+        level = (change < tolerance) & (along < _LEVEL * tolerance)
+        level &= ((trial_slope - slope) * step).sum(-1) >= 0  # in a concave tail all is level
+        held = torch.where(down, (held + 1) * (level & ~whole), held)
+        still = (down & whole & level & (taken > 2)) | (shorter < _SHORTEST) | (held >= _HELD)
         x[active] = torch.where(down[:, None], trial, x[active])
         energy = torch.where(down, trial_energy, energy)
         final[active] = energy
@@ -118,7 +126,7 @@ def descend(
         before[i % _MEMORY] = energy
         on = ~still
         active, slope, energy, before = active[on], new_slope[on], energy[on], before[:, on]
-        shorter, taken = shorter[on], taken[on]
+        shorter, taken, held = shorter[on], taken[on], held[on]
         history, changes = history[:, on], changes[:, on]
     return Descent(x, final, index, rested, torch.cat(path), torch.cat(path_energy))
 
@@ -136,19 +144,27 @@ def quasi_newton(
         changes: The changes of slope that they brought.
     """
     curvature = (steps * changes).sum(-1, keepdim=True)
-    rho = torch.where(curvature > 0, 1 / curvature, 0.0)  # no convexity, no pair
+    steepness = slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    length = steps.norm(dim=-1, keepdim=True)
+    convex = curvature > _ROUNDING * length * steepness
+    rho = torch.where(convex, 1 / curvature, 0.0)  # no convexity, no pair
     direction, kept = -slope, []
     for i in reversed(range(len(steps))):
         a = rho[i] * (steps[i] * direction).sum(-1, keepdim=True)
         direction = direction - a * changes[i]
         kept.append(a)
-    # Without a pair the first step is short, whatever the slope.
-    scale = _FIRST_STEP / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    # Without a pair the first step is short, whatever the slope; where none was convex they grow.
+    scale = _FIRST_STEP / steepness
     for i in range(len(steps)):
         square = changes[i].square().sum(-1, keepdim=True)
-        scale = torch.where(curvature[i] > 0, curvature[i] / square, scale)
+        longer = scale.maximum(_LONGER * length[i] / steepness)
+        scale = torch.where(convex[i], curvature[i] / square, longer)
     direction = scale * direction
     for i, a in enumerate(reversed(kept)):
         b = rho[i] * (changes[i] * direction).sum(-1, keepdim=True)
         direction = direction + (a - b) * steps[i]
-    return direction
+    last = torch.zeros_like(steepness)
+    for each in length:
+        last = torch.where(each > 0, each, last)
+    most = torch.where(last > 0, _LONGEST * last, torch.inf)
+    return direction * (most / direction.norm(dim=-1, keepdim=True).clamp(min=1e-300)).clamp(max=1)

@@ -155,7 +155,8 @@ def allocated(
     .. math:: a_k \leftarrow \sqrt{a_k \textstyle\sum_i w_i v_i r_{ik}}
 
     up to a factor, with the weights :math:`v_i` that the points have under the mixture, truncated
-    at :math:`\sqrt n` times their mean, and the responsibilities :math:`r_{ik}` of its components.
+    at :math:`\sqrt n` times their mean, and the responsibilities
+    :math:`r_{ik} = a_k t_k(x_i) / q(x_i)` of its components.
 
     Arguments:
         mixture: The mixture.
@@ -168,7 +169,7 @@ def allocated(
         | https://arxiv.org/abs/1411.3954
     """
     log_q, terms = mixture.log_probs(x)
-    own = torch.softmax(terms, -1)
+    own = (terms - log_q[:, None]).exp()  # what the broad law reaches is none of theirs
     log_v = -energy - log_q
     v = (log_v - log_v.amax()).exp()
     mean = 1 / (weight @ (1 / v.clamp(min=1e-300)))  # of draws of the mixture
