@@ -39,6 +39,7 @@ __all__ = ["Basin", "Ledger", "descend", "draw_starts", "find_basins"]
 LADDER = (-4.0, 5.0)  # powers of ten in which starts spread, about the centre
 _LOGIT_LADDER = (-1.0, 1.5)  # likewise in logit coordinates: 10^1.5 is 1e-14 from a bound
 _ABOUT = (-1.5, 2.5)  # likewise about a basin, in its widths
+_SHELLS = (0.3, 2.0)  # likewise, in all directions alike
 _KINDS = (0.4, 0.6, 0.8)  # shares of the directions, cumulated
 _BLUR = 0.05  # of a direction that is not a normal vector, so that none is hit exactly
 
@@ -253,8 +254,8 @@ def find_basins(
 ) -> Ledger:
     """Look for basins by descents.
 
-    A third of the evaluations goes to independent starts, a sixth to broad points, the rest to
-    starts about the basins found and to curvatures.
+    A third of the evaluations goes to independent starts, the rest to starts about the basins
+    found, to broad points, and to curvatures.
 
     Arguments:
         landscape: The energy.
@@ -274,14 +275,16 @@ def find_basins(
         search.independent(batch)
         batch = search.affordable(left(1 / 3), 256)
     for k in range(_STARS):
-        if k < len(search.basins) and left(0.8) > 0:
-            search.star(k, left(0.8) // 2)
+        if k < len(search.basins) and left(0.6) > 0:
+            search.star(k, left(0.6) // 2)
+    if search.basins:
+        search.shells(int(0.7 * left(0.85)))
     quiet = 0
-    while search.basins and quiet < _QUIET and left(0.8) > 0:
+    while search.basins and quiet < _QUIET and left(0.9) > 0:
         known = len(search.basins)
-        search.about(min(_SCREENED, left(0.8) // 2))
+        search.about(min(_SCREENED, left(0.9) // 2))
         quiet = quiet + 1 if len(search.basins) == known else 0
-    search.broad(min(evaluations // 6, 8192))
+    search.broad(max(0, min(left(0.97), evaluations // 6)))
     return search.ledger(landscape.evaluations - begun)
 
 
@@ -338,6 +341,26 @@ class _Search:
             order = torch.randperm(len(jump), generator=self.generator, device=jump.device)
             jump = jump[order[:most]]
         self._screened(basin.loc + jump, 0.1 * jump.norm(dim=-1))
+
+    def shells(self, number: int) -> None:
+        """Points in all directions about the basins found, at distances of 2 to 100 widths.
+
+        In many dimensions a narrower mode is seen from a small part of all directions only, so
+        that these are many.
+        """
+        pick = torch.randint(
+            len(self.basins),
+            (max(0, number),),
+            generator=self.generator,
+            device=self.like["device"],
+        )
+        for k in pick.unique().tolist():
+            basin, n = self.basins[k], int((pick == k).sum())
+            v = torch.randn(n, len(basin.loc), **self.like)
+            v = v / v.norm(dim=-1, keepdim=True)
+            power = _SHELLS[0] + (_SHELLS[1] - _SHELLS[0]) * torch.rand(n, 1, **self.like)
+            jump = 10**power * (v @ basin.tril.mT)
+            self._screened(basin.loc + jump, 0.1 * jump.norm(dim=-1))
 
     def about(self, number: int) -> None:
         """Starts about the basins found, and where coordinates of two of them cross."""
