@@ -28,7 +28,7 @@ from rsm_sampler.bank.ledger import Ledger
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.pool import Pool
 from rsm_sampler.bank.sources import BankSource, BasinMixture, Kernels, Proposal, Scene
-from rsm_sampler.bank.starts import independent_starts, line_minima
+from rsm_sampler.bank.starts import LINE, independent_starts, line_minima
 from rsm_sampler.montecarlo.densities import Density, ScaleLadder, StudentT, weighted_moments
 from rsm_sampler.montecarlo.descents import descend
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, sequential_monte_carlo
@@ -44,6 +44,8 @@ _WIDER = math.sqrt(1.2)  # than the moments say, is the next broad law
 _HINT = 100.0  # a stated width may be wrong by this factor
 _SLOWER, _SLOW = 30.0, 2e-3  # times the usual time a point takes, and seconds: the survey stops
 _FINITE = 16  # points of finite energy: fewer, and the survey goes on
+_ENOUGH = 20.0  # effective points for each dimension, whose covariance is taken as it is
+_STRETCHED = 2048  # draws of a law that is stretched to see whether the energy holds them
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
 _MORE = 4  # times as many starts, where some basins catch far fewer than others
@@ -146,7 +148,8 @@ class _Explorer:
         self.report = report or (lambda text: None)
         self.sources, self.until = sources, until
         self.meter = problem.energy
-        self.pool, self.ledger = Pool(), Ledger(problem)
+        self.pool = Pool()
+        self.ledger = Ledger(problem, limit=self.meter.evaluations + plan.evaluations)
         self.paths: list[tuple[Tensor, Tensor]] = []
         self.begun = self.meter.evaluations
         like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
@@ -207,7 +210,7 @@ class _Explorer:
                 )
             if bank is not None or best.share < plan.hopeless:
                 break
-            room = plan.total - self.spent
+            room = plan.total - self.spent - self._reserve
             if room < plan.round:
                 break
             scene.limit = self.meter.evaluations + min(plan.wave, room // 2)
@@ -291,7 +294,7 @@ class _Explorer:
             self.report(f"bracket {i + 1}")
             x = law.sample(n, self.generator)
             own = (x, self.pool.add(law, x, self._values(x)), law)
-            following, beta = self._fitted(many)
+            following, beta = self._fitted(many, shrunk=many < _ENOUGH * dim)
             settled += beta == 1.0
             stalled = 0 if beta > 1.1 * best else stalled + 1
             best = max(best, beta)
@@ -303,7 +306,8 @@ class _Explorer:
             x, weights, drawn_from = own
             beta = weights.largest_power(many)
             if beta > 0.05 and _stretch(x, weights.tempered(beta), drawn_from) > 0.65:
-                self._refuse_flat(law, n, few)
+                n = max(n, min(_STRETCHED, plan.evaluations // 24))  # heavy tails need many
+                self._refuse_flat(law, n, max(few, 0.05 * n))
 
     def _fitted(self, least: float, *, weights: LogWeights | None = None, x: Tensor | None = None,
                 shrunk: bool = True) -> tuple[StudentT, float]:  # fmt: skip
@@ -406,6 +410,8 @@ class _Explorer:
         basins = [basin for basin in basins if not basin.scanned][
             : _CENTRES if done < 2 * _CENTRES else 1
         ]
+        if scene.left < 8 * LINE * len(basins):
+            return False
         self.report(f"lines through {len(basins)} basins")
         for basin in basins:
             basin.scanned = True
@@ -425,7 +431,7 @@ class _Explorer:
         if proposal.drawn is not None:
             pool.add(*proposal.drawn)
         share = proposal.share
-        most = min(plan.bank, plan.total - self.spent)
+        most = min(plan.bank, plan.total - self.spent - self._reserve)
         while spent < most and not (self.late and len(pool)):
             short = plan.ess - (float(pool.weights.ess()) if len(pool) else 0.0)
             if short <= 0:
@@ -452,6 +458,11 @@ class _Explorer:
             return None
         self.meter.check(self.problem.coordinates.forward(pool.x[-1024:])[0])
         return Bank.of_draws(pool.x[None], weights.value[None], None, pool.law)
+
+    @property
+    def _reserve(self) -> int:
+        """Evaluations of a budget that are left to chains, should the bank not pass."""
+        return 0 if self.meter.remaining is None else LEAST_EVALUATIONS
 
     def _chains(self) -> Bank:
         """A population that walks from the broad law to the target."""

@@ -240,7 +240,9 @@ class BasinMixture:
         """Components at points that carry far too much of the weight: the law misses them."""
         weight = weights.normalised()
         heavy = (weight > _HEAVY).nonzero()[:, 0]
-        heavy = heavy[weight[heavy].argsort(descending=True)][:_HEAVIEST]
+        cost = 4 * scene.problem.dim * scene.problem.slope_cost(scene.pool.x[-2:])
+        most = min(_HEAVIEST, max(0, scene.left) // (4 * cost))
+        heavy = heavy[weight[heavy].argsort(descending=True)][:most]
         room = 2 * scene.plan.components - len(mixture.loc)
         if len(heavy) == 0 or room < len(heavy):
             return None

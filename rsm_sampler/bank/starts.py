@@ -28,6 +28,7 @@ _NEAREST, _FARTHEST = 0.25, 256.0
 _DIAGONALS, _LINES = 8, 8
 _ASIDE = 0.05  # widths of the basin
 _FIRST, _RATIO, _PLACES = 0.5, 1.25, 36  # distances on a line, in widths of the basin
+LINE = 2 * _PLACES + 1  # evaluations of a line
 
 
 def independent_starts(
@@ -72,7 +73,7 @@ def line_minima(
     if away:  # lines reach from a sixteenth of the way to some hundred times beyond
         directions.append(torch.stack(away) / 8)
     directions.append(width.diag())
-    direction = torch.cat(directions)[: max(1, most // (2 * _PLACES + 1))]
+    direction = torch.cat(directions)[: max(1, most // LINE)]
     place = _FIRST * _RATIO ** torch.arange(_PLACES, **like)
     place = torch.cat([-place.flip(0), torch.zeros(1, **like), place])
     x = basin.x + place[None, :, None] * direction[:, None]
