@@ -44,7 +44,7 @@ _WIDER = math.sqrt(1.2)  # than the moments say, is the next broad law
 _HINT = 100.0  # a stated width may be wrong by this factor
 _SLOWER, _SLOW = 30.0, 2e-3  # times the usual time a point takes, and seconds: the survey stops
 _FINITE = 16  # points of finite energy: fewer, and the survey goes on
-_ENOUGH = 20.0  # effective points for each dimension, whose covariance is taken as it is
+_ENOUGH = 10.0  # effective points for each dimension, whose covariance is taken as it is
 _STRETCHED = 2048  # draws of a law that is stretched to see whether the energy holds them
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
@@ -217,6 +217,7 @@ class _Explorer:
             best = chosen.propose(scene)
         if bank is None:
             best = None
+            self._look_for_flat()
             bank = self._chains()
         self._masses(bank)
         return Found(bank, self.ledger, best, self.surveyed, self._region(), reasons)
@@ -306,8 +307,7 @@ class _Explorer:
             x, weights, drawn_from = own
             beta = weights.largest_power(many)
             if beta > 0.05 and _stretch(x, weights.tempered(beta), drawn_from) > 0.65:
-                n = max(n, min(_STRETCHED, plan.evaluations // 24))  # heavy tails need many
-                self._refuse_flat(law, n, max(few, 0.05 * n))
+                self._refuse_flat(law, n, few)
 
     def _fitted(self, least: float, *, weights: LogWeights | None = None, x: Tensor | None = None,
                 shrunk: bool = True) -> tuple[StudentT, float]:  # fmt: skip
@@ -324,6 +324,14 @@ class _Explorer:
             tril = torch.linalg.cholesky(tril @ tril.mT + apart.square().diag())
         return StudentT(loc, tril * _WIDER), beta
 
+    def _look_for_flat(self) -> None:
+        """No law fits the target: see whether anything holds the points at all."""
+        plan, n = self.plan, min(_STRETCHED, self.plan.evaluations // 24)
+        if not self.ladder.boxed and plan.total - self.spent > 24 * n + self._reserve:
+            least = max(24.0, _ENOUGH * self.problem.dim, 0.05 * n)
+            law, _ = self._fitted(least, shrunk=False)
+            self._refuse_flat(law, n, least)
+
     def _refuse_flat(self, law: StudentT, n: int, few: float) -> None:
         """Stretch the law again and again: does the energy hold the points back?
 
@@ -334,7 +342,9 @@ class _Explorer:
         start = float(torch.linalg.matrix_norm(law.scale_tril, 2))
         log_z: list[float] = []
         for _ in range(12):
-            if self.spent + n > self.plan.evaluations:
+            if self.spent + n > max(
+                self.plan.evaluations, self.plan.total - self._reserve - 12 * n
+            ):
                 return
             wide = StudentT(law.loc, 3.0 * law.scale_tril)
             x = wide.sample(n, self.generator)

@@ -16,7 +16,7 @@ evaluation. All points that a source evaluates enter the pool, whoever is chosen
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -118,6 +118,7 @@ class Proposal:
     drawn: tuple[Density, Tensor, Tensor] | None = None
 
 
+@runtime_checkable
 class BankSource(Protocol):
     """A way to propose a law.
 
