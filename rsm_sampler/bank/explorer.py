@@ -29,7 +29,7 @@ from rsm_sampler.bank.ledger import Ledger
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.pool import Pool
 from rsm_sampler.bank.sources import BankSource, BasinMixture, Kernels, Proposal, Scene
-from rsm_sampler.bank.starts import centre_minima, independent_starts, line_minima
+from rsm_sampler.bank.starts import LINE, centre_minima, independent_starts, line_minima
 from rsm_sampler.montecarlo.densities import ScaleLadder, StudentT, weighted_moments
 from rsm_sampler.montecarlo.descents import descend
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, sequential_monte_carlo
@@ -45,6 +45,8 @@ _WIDER = math.sqrt(1.2)  # than the moments say, is the next broad law
 _HINT = 100.0  # a stated width may be wrong by this factor
 _SLOWER, _SLOW = 30.0, 2e-3  # times the usual time a point takes, and seconds: the survey stops
 _FINITE = 16  # points of finite energy: fewer, and the survey goes on
+_ENOUGH = 10.0  # effective points for each dimension, whose covariance is taken as it is
+_STRETCHED = 2048  # draws of a law that is stretched to see whether the energy holds them
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
 _MORE = 4  # times as many starts, where some basins catch far fewer than others
@@ -147,7 +149,8 @@ class _Explorer:
         self.report = report or (lambda text: None)
         self.sources, self.until = sources, until
         self.meter = problem.energy
-        self.pool, self.ledger = Pool(), Ledger(problem)
+        self.pool = Pool()
+        self.ledger = Ledger(problem, limit=self.meter.evaluations + plan.evaluations)
         self.paths: list[tuple[Tensor, Tensor]] = []
         self.begun = self.meter.evaluations
         like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
@@ -209,13 +212,14 @@ class _Explorer:
                 )
             if bank is not None or best.share < plan.hopeless:
                 break
-            room = plan.total - self.spent
+            room = plan.total - self.spent - self._reserve
             if room < plan.round:
                 break
             scene.limit = self.meter.evaluations + min(plan.wave, room // 2)
             best = self._proposed(chosen, scene)
         if bank is None:
             best = None
+            self._look_for_flat()
             bank = self._chains()
         self._masses(bank)
         return Found(bank, self.ledger, best, self.surveyed, self._region(), reasons)
@@ -299,7 +303,7 @@ class _Explorer:
             self.report(f"bracket {i + 1}")
             x = law.sample(n, self.generator)
             own = (x, self.pool.add(law, x, self._values(x)), law)
-            following, beta = self._fitted(many)
+            following, beta = self._fitted(many, shrunk=many < _ENOUGH * dim)
             settled += beta == 1.0
             stalled = 0 if beta > 1.1 * best else stalled + 1
             best = max(best, beta)
@@ -328,6 +332,14 @@ class _Explorer:
             tril = torch.linalg.cholesky(tril @ tril.mT + apart.square().diag())
         return StudentT(loc, tril * _WIDER), beta
 
+    def _look_for_flat(self) -> None:
+        """No law fits the target: see whether anything holds the points at all."""
+        plan, n = self.plan, min(_STRETCHED, self.plan.evaluations // 24)
+        if not self.ladder.boxed and plan.total - self.spent > 24 * n + self._reserve:
+            least = max(24.0, _ENOUGH * self.problem.dim, 0.05 * n)
+            law, _ = self._fitted(least, shrunk=False)
+            self._refuse_flat(law, n, least)
+
     def _refuse_flat(self, law: StudentT, n: int, few: float) -> None:
         """Stretch the law again and again: does the energy hold the points back?
 
@@ -338,7 +350,9 @@ class _Explorer:
         start = float(torch.linalg.matrix_norm(law.scale_tril, 2))
         log_z: list[float] = []
         for _ in range(12):
-            if self.spent + n > self.plan.evaluations:
+            if self.spent + n > max(
+                self.plan.evaluations, self.plan.total - self._reserve - 12 * n
+            ):
                 return
             wide = StudentT(law.loc, 3.0 * law.scale_tril)
             x = wide.sample(n, self.generator)
@@ -421,6 +435,8 @@ class _Explorer:
         basins = [basin for basin in basins if not basin.scanned][
             : _CENTRES if done < 2 * _CENTRES else 1
         ]
+        if scene.left < 8 * LINE * len(basins):
+            return False
         self.report(f"lines through {len(basins)} basins")
         for basin in basins:
             basin.scanned = True
@@ -443,7 +459,7 @@ class _Explorer:
             else:
                 pool.add(*proposal.drawn)
         log_weight = [-e - law.log_prob(y) for y, e in zip(x, energy, strict=True)]
-        spent, most = 0, min(plan.bank, plan.total - self.spent)
+        spent, most = 0, min(plan.bank, plan.total - self.spent - self._reserve)
         while spent < most and not (self.late and x):
             own = LogWeights(torch.cat(log_weight)) if log_weight else None
             share = proposal.share if own is None else own.share()
@@ -474,6 +490,11 @@ class _Explorer:
             return None
         self.meter.check(self.problem.coordinates.forward(pool.x[-1024:])[0])
         return Bank.of_draws(pool.x[None], weights.value[None], None, pool.law)
+
+    @property
+    def _reserve(self) -> int:
+        """Evaluations of a budget that are left to chains, should the bank not pass."""
+        return 0 if self.meter.remaining is None else LEAST_EVALUATIONS
 
     def _chains(self) -> Bank:
         """A population that walks from the broad law to the target."""

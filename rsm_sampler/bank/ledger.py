@@ -26,7 +26,7 @@ _WIDEST = 4.0  # widths of a basin, in units of the broad law's
 _SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
 _NEWTON = 3
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
-_RARE = 0.1  # share of the starts
+_RARE = 0.4  # of an equal share of the starts
 _MOST = 64  # basins with a curvature
 
 
@@ -60,6 +60,8 @@ class Ledger:
 
     Arguments:
         problem: The problem.
+        limit: Evaluations of the meter from which on no further basin is looked at; None for no
+            limit.
 
     Attributes:
         basins: The basins, in the order in which they were found.
@@ -70,8 +72,8 @@ class Ledger:
             too many to find.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, limit: int | None = None) -> None:
+        self.problem, self.limit = problem, limit
         self.basins: list[Basin] = []
         self.starts = self.lost = 0
         self.leads: list[Tensor] = []
@@ -84,8 +86,9 @@ class Ledger:
 
     @property
     def uneven(self) -> bool:
-        """Whether a basin caught less than a tenth of the starts: there may be rarer ones."""
-        return any(basin.starts < _RARE * self.starts for basin in self.basins)
+        """Whether a basin caught far fewer starts than others: there may be rarer ones."""
+        least = _RARE * self.starts / max(1, len(self.basins))
+        return any(basin.starts < least for basin in self.basins)
 
     @property
     def crowded(self) -> bool:
@@ -125,6 +128,9 @@ class Ledger:
                 if independent:
                     self.lost += len(free)
                 break
+            if self._beyond(x[free[0]]):
+                self.lost += int(independent) * len(free)
+                break
             new = self._basin(x[free[0]], float(energy[free[0]]), width)
             if new is None:  # a saddle: nothing ends there for long
                 self.lost += int(independent)
@@ -160,6 +166,14 @@ class Ledger:
         else:
             basin.others += int(same.sum())
         return free[~same]
+
+    def _beyond(self, x: Tensor) -> bool:
+        """Whether looking at one more basin would go beyond the limit."""
+        if self.limit is None:
+            return False
+        cost = self.problem.slope_cost(x.expand(2, -1))
+        most = (4 * self.problem.dim + _NEWTON) * cost + _NEWTON
+        return self.problem.energy.evaluations + most > self.limit
 
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
         """The basin of a point at rest, by Newton's method and the curvature; None at a saddle."""

@@ -16,7 +16,7 @@ evaluation. All points that a source evaluates enter the pool, whoever is chosen
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -126,6 +126,7 @@ class Proposal:
     drawn: tuple[Density, Tensor, Tensor] | None = None
 
 
+@runtime_checkable
 class BankSource(Protocol):
     """A way to propose a law.
 
@@ -253,7 +254,9 @@ class BasinMixture:
         """Components at points that carry far too much of the weight: the law misses them."""
         weight = weights.normalised()
         heavy = (weight > _HEAVY).nonzero()[:, 0]
-        heavy = heavy[weight[heavy].argsort(descending=True)][:_HEAVIEST]
+        cost = 4 * scene.problem.dim * scene.problem.slope_cost(scene.pool.x[-2:])
+        most = min(_HEAVIEST, max(0, scene.left) // (4 * cost))
+        heavy = heavy[weight[heavy].argsort(descending=True)][:most]
         room = 2 * scene.plan.components - len(mixture.loc)
         if len(heavy) == 0 or room < len(heavy):
             return None

@@ -27,6 +27,7 @@ _DIAGONALS, _LINES = 8, 8
 _ASIDE = 0.05  # widths of the basin
 _FIRST, _RATIO, _PLACES = 0.5, 1.25, 36  # distances on a line, in widths of the basin
 _NEAR, _DECADES, _FROM_CENTRE = 0.01, 52, 64  # from the centre: up to 900; diagonals there
+LINE = 2 * _PLACES + 1  # evaluations of a line
 
 
 def independent_starts(

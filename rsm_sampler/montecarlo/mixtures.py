@@ -155,8 +155,8 @@ def allocated(
     .. math:: a_k \leftarrow \sqrt{a_k \textstyle\sum_i w_i v_i r_{ik}}
 
     up to a factor, with the weights :math:`v_i` that the points have under the mixture, truncated
-    at :math:`\sqrt n` times their mean, and the responsibilities
-    :math:`r_{ik} = a_k t_k(x_i) / q(x_i)` of its components.
+    at :math:`\sqrt n` times their mean, and the shares
+    :math:`r_{ik} = (1 - \delta) a_k t_k(x_i) / q(x_i)` of its components in the density.
 
     Arguments:
         mixture: The mixture.

@@ -26,6 +26,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_FEW, _PEAK = 25, 10.0  # weights without a tail: so many, none of so many times their mean
+
 __all__ = ["LogWeights", "cumulative_weight", "pareto_shape", "stratified_indices"]
 
 
@@ -141,10 +143,14 @@ class LogWeights:
 
         For a generalised Pareto tail of shape k < 1 the mean beyond the largest of n weights,
         :math:`w_{(n)}`, is about :math:`w_{(n)} / (1 - k)`, and a draw lies there with probability
-        1 / n: together :math:`w_{(n)} / ((1 - k) \sum_i w_i)`. Infinite from k = 1 on.
+        1 / n: together :math:`w_{(n)} / ((1 - k) \sum_i w_i)`. Infinite from k = 1 on. Weights of
+        which none is ten times the mean have no tail, whatever the shape of their small excesses:
+        the share of the largest.
         """
-        shape = self.pareto_shape()
         largest = float(self.normalised().amax())
+        if len(self.value) >= _FEW and largest * len(self.value) < _PEAK:
+            return largest
+        shape = self.pareto_shape()
         return largest / (1 - shape) if shape < 1 else math.inf
 
 
