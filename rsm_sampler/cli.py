@@ -2,15 +2,16 @@ r"""The command line: learn an energy, draw from what was learned, ask how far t
 
 .. code-block:: console
 
+    rsm-sampler explore paper-mixture
     rsm-sampler fit paper-mixture --output sampler.pt
     rsm-sampler sample sampler.pt -n 10000 --output samples.npz --figure samples.png
     rsm-sampler diagnose sampler.pt --energy paper-mixture
 
 An energy is a name that :func:`energies.names` knows, or the import path of the user's own,
 ``package.module:attribute``, looked for in the current folder first. Results go to standard
-output, progress and errors to standard error. The exit status is 0; 1 if ``diagnose`` finds that
-the samples are not trustworthy, 3 if it cannot tell; 2 for an error; 130 if Ctrl-C came before
-there was anything to save.
+output, progress and errors to standard error. The exit status is 0; 1 if ``diagnose`` or
+``explore`` finds that the samples are not trustworthy, 3 if it cannot tell; 2 for an error; 130
+if Ctrl-C came before there was anything to save.
 """
 
 import math
@@ -28,6 +29,7 @@ from tyro.conf import Positional, arg
 
 from rsm_sampler.checkpoint import CheckpointError
 from rsm_sampler.energy_sampler import EnergySampler
+from rsm_sampler.exploration import explore as explored
 from rsm_sampler.loggers import JSONLinesLogger
 from rsm_sampler.plotting import (
     new_figure,
@@ -42,7 +44,7 @@ from rsm_sampler.trainer import DivergedError, EnergyDiffusionTrainer
 from rsm_sampler.trainer_config import TrainerConfig
 from rsm_sampler.verdict.referee import RefereeName
 
-__all__ = ["diagnose", "fit", "main", "sample"]
+__all__ = ["diagnose", "explore", "fit", "main", "sample"]
 
 _STATUS = {"trustworthy": 0, "not trustworthy": 1, "cannot tell": 3}
 _FIGURES = (".png", ".pdf", ".svg")
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"fit": fit, "sample": sample, "diagnose": diagnose},
+            {"explore": explore, "fit": fit, "sample": sample, "diagnose": diagnose},
             prog="rsm-sampler",
             description=_DESCRIPTION + ", ".join(energies.names()) + ".",
             args=None if arguments is None else list(arguments),
@@ -100,6 +102,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("rsm-sampler: interrupted before there was anything to save\n")
         return 130
+
+
+def explore(
+    energy: Positional[Energy],
+    *,
+    output: OptionalFile = None,
+    dim: OptionalInt = None,
+    ess: float = 10_000,
+    budget: OptionalInt = None,
+    seconds: OptionalFloat = None,
+    seed: int = 0,
+    bounds: Numbers = None,
+    centre: Numbers = None,
+    scale: OptionalFloat = None,
+) -> int:
+    """Find weighted draws, log Z and the basins of an energy, without training.
+
+    Arguments:
+        energy: Name or import path of the energy.
+        output: File for the arrays x (n, dim) and log_weight (n), an .npz file.
+        dim: Length of a point; needed if the energy does not know it by itself.
+        ess: Effective draws that are enough.
+        budget: Most energy evaluations.
+        seconds: Time after which no phase is begun.
+        seed: Decides every random number.
+        bounds: Low and high end of all coordinates, or of each in turn; inf is no bound.
+        centre: Where to look first, one number for each coordinate.
+        scale: Width to look at, if known to an order of magnitude.
+
+    Returns:
+        The exit status.
+    """
+    target = _load_energy(energy)
+    dim = _known_dim(target, dim, energy)
+    if output is not None and output.suffix != ".npz":
+        raise ValueError(f"output must end in .npz, got {output}")
+    _make_room(output)
+    found = explored(
+        target,
+        dim,
+        bounds=None if bounds is None else _pairs(bounds, dim),
+        seed=seed,
+        ess=ess,
+        budget=budget,
+        seconds=seconds,
+        centre=centre,
+        scale=scale,
+    )
+    _write(str(found))
+    if output is not None:
+        np.savez(output, x=found.x.numpy(), log_weight=found.log_weight.numpy())
+        _write(f"{output}: x and log_weight of {len(found.x):,} draws in {dim} dimensions")
+    return _STATUS[found.verdict]
 
 
 def fit(
@@ -142,9 +197,7 @@ def fit(
         The exit status.
     """
     target = _load_energy(energy)
-    dim = target.dim if dim is None else dim
-    if dim is None:
-        raise ValueError(f"dim must be given, {energy!r} does not know its own: --dim NUMBER")
+    dim = _known_dim(target, dim, energy)
     for path in (output, checkpoint, log):
         _make_room(path)
     draw_context = getattr(target.energy, "sample_context", None)
@@ -352,6 +405,13 @@ def _load_energy(name: str) -> _Watched:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     return _Watched(energies.get(name))
+
+
+def _known_dim(target: _Watched, dim: int | None, name: str) -> int:
+    dim = target.dim if dim is None else dim
+    if dim is None:
+        raise ValueError(f"dim must be given, {name!r} does not know its own: --dim NUMBER")
+    return dim
 
 
 def _pairs(bounds: tuple[float, ...], dim: int) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rsm_sampler.bank.bank import Bank
-from rsm_sampler.bank.explorer import Found, explore_problem
+from rsm_sampler.bank.explorer import explore_problem
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.sources import BankSource
 from rsm_sampler.checked import checked
@@ -230,24 +230,34 @@ def explore(
     finally:
         bar.close()
     return exploration_of(
-        found, coordinates, meter, float(ess), seconds=time.perf_counter() - started
+        found.bank,
+        found.record(coordinates),
+        coordinates,
+        meter,
+        float(ess),
+        seconds=time.perf_counter() - started,
     )
 
 
 def exploration_of(
-    found: Found, coordinates: Coordinates, meter: MeteredEnergy, wanted: float, *, seconds: float
+    bank: Bank,
+    record: dict[str, Any],
+    coordinates: Coordinates,
+    meter: MeteredEnergy,
+    wanted: float,
+    *,
+    seconds: float,
 ) -> Exploration:
     """What was found, in the user's coordinates and with a verdict.
 
     Arguments:
-        found: What exploring came to.
+        bank: The weighted points.
+        record: What was seen on the way (:meth:`rsm_sampler.bank.explorer.Found.record`).
         coordinates: From unbounded coordinates to the user's.
         meter: The energy.
         wanted: Effective draws that were asked for.
         seconds: Time it took.
     """
-    bank: Bank = found.bank
-    record = found.record(coordinates)
     basins = sorted(
         (
             Basin(
@@ -261,7 +271,7 @@ def exploration_of(
         ),
         key=lambda basin: -basin.mass if basin.mass == basin.mass else 0.0,
     )
-    reasons = list(found.reasons)
+    reasons = list(record["reasons"])
     verdict = "trustworthy"
     if bank.method == "chains":
         verdict = "cannot tell"
@@ -282,7 +292,7 @@ def exploration_of(
         evaluations=meter.evaluations,
         counts=dict(meter.counts),
         method=record["source"],
-        region=found.region,
+        region=record["region"],
         starts=record["starts"],
         verdict=verdict,
         reasons=tuple(reasons),

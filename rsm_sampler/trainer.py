@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 from rsm_sampler import checkpoint
 from rsm_sampler.bank.bank import Bank
+from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.supply import Supply
 from rsm_sampler.checked import checked
 from rsm_sampler.denoisers import Denoiser
@@ -52,6 +53,7 @@ from rsm_sampler.energy_sampler import (
     EnergySampler,
 )
 from rsm_sampler.estimators import TargetForm
+from rsm_sampler.exploration import Exploration, exploration_of
 from rsm_sampler.interrupts import deferred_interrupt, terminable
 from rsm_sampler.kernels import GaussianReferenceKernel, Kernel
 from rsm_sampler.loggers import Logger
@@ -615,6 +617,60 @@ class EnergyDiffusionTrainer:
             None if self.contexts is None else self.contexts.draw,
         )
 
+    @property
+    def plan(self) -> Plan:
+        """What the search will do, with its thresholds and budgets; print it."""
+        return self.supply.plan(reserve=self._reserve, share=self._share)
+
+    @property
+    def _reserve(self) -> int:
+        """Evaluations of the budget that are left for checks."""
+        return self.sizes.max_cycles * self._check_size()
+
+    @property
+    def _share(self) -> float:
+        """Share of the rest that the search may use."""
+        # With loss (14) the bank only gives location and scale.
+        return 0.25 if self.loss == "reverse-sampling" else 1.0
+
+    def explore(self, *, progress: bool | None = None) -> Exploration:
+        """The search alone, the first part of :meth:`fit`, which then goes on from it.
+
+        Arguments:
+            progress: Whether to show what is being done; None to show it on a terminal.
+
+        Returns:
+            Weighted draws, log Z, the basins and a verdict; see
+            :class:`~rsm_sampler.exploration.Exploration`.
+
+        Raises:
+            EnergyError: If the energy cannot be sampled, and why.
+            ValueError: With contexts or given samples, where there is no search of one law.
+        """
+        if self.contexts is not None or self.samples is not None:
+            raise ValueError(
+                "explore must be of one law that is searched: no contexts, no samples"
+            )
+        started = time.perf_counter()
+        if self.bank is None:
+            bar = tqdm(
+                disable=None if progress is None else not progress,
+                bar_format="{desc} [{elapsed}]",
+            )
+            try:
+                self._search(bar.set_description_str)
+            finally:
+                bar.close()
+        assert self.bank is not None
+        return exploration_of(
+            self.bank,
+            self.supply.seen,
+            self.coordinates,
+            self.energy,
+            self.config.bank_ess,
+            seconds=time.perf_counter() - started,
+        )
+
     def _seen(self) -> dict[str, Any]:
         """What the search saw, in plain values: for the file of the sampler."""
         return self.supply.seen
@@ -637,9 +693,8 @@ class EnergyDiffusionTrainer:
             self.supply.adopt(Bank.of_samples(points))
         else:
             self.supply.find(
-                reserve=self.sizes.max_cycles * self._check_size(),
-                # With loss (14) the bank only gives location and scale.
-                share=0.25 if self.loss == "reverse-sampling" else 1.0,
+                reserve=self._reserve,
+                share=self._share,
                 centre=self.centre,
                 scale=self.scale,
                 report=report,

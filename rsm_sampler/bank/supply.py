@@ -134,18 +134,8 @@ class Supply:
             scale: Width to look at.
             report: Receives the name of each phase.
         """
-        config, remaining = self.config, self.energy.remaining
-        free = None if remaining is None else int(share * max(256, remaining - reserve))
-        plan = Plan.within(
-            self.coordinates.reduced,
-            evaluations=config.search_evaluations,
-            bank=config.bank_size,
-            chains=config.chain_evaluations,
-            ess=config.bank_ess,
-            starts=config.search_starts,
-            slope_cost=self._slope_cost(),
-            free=free,
-        )
+        config, plan = self.config, self.plan(reserve=reserve, share=share)
+        free = self._free(reserve, share)
         phase = lambda text: report(f"search: {text}")  # noqa: E731
         if self.contexts is not None:
             rows = min(config.bank_contexts, max(1, plan.bank // 128))
@@ -182,6 +172,25 @@ class Supply:
             report("search: particles come to rest")
             bank = self._relaxed(bank, relaxing)
         self.adopt(self._helped(bank, reserve, report))
+
+    def plan(self, *, reserve: int, share: float) -> Plan:
+        """What :meth:`find` will do, for the same arguments."""
+        config = self.config
+        return Plan.within(
+            self.coordinates.reduced,
+            evaluations=config.search_evaluations,
+            bank=config.bank_size,
+            chains=config.chain_evaluations,
+            ess=config.bank_ess,
+            starts=config.search_starts,
+            slope_cost=self._slope_cost(),
+            free=self._free(reserve, share),
+        )
+
+    def _free(self, reserve: int, share: float) -> int | None:
+        """Evaluations of a budget that the search may use; None without one."""
+        remaining = self.energy.remaining
+        return None if remaining is None else int(share * max(256, remaining - reserve))
 
     def _slope_cost(self) -> int:
         """Evaluations of an energy with its gradient, tried at the origin."""

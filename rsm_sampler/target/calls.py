@@ -29,7 +29,7 @@ from rsm_sampler.target.batches import (
     resident_memory,
 )
 
-__all__ = ["Calls", "EnergyError", "well_formed", "with_gradient"]
+__all__ = ["Calls", "with_gradient"]
 
 _SECONDS = 1.0  # of a call, where points can be divided
 _NOTICEABLE = 0.05  # seconds of a call beside which looking at the memory costs nothing
