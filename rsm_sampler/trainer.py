@@ -58,6 +58,7 @@ from rsm_sampler.interrupts import deferred_interrupt, terminable
 from rsm_sampler.kernels import GaussianReferenceKernel, Kernel
 from rsm_sampler.loggers import Logger
 from rsm_sampler.losses import denoising_loss, reverse_sampling_loss
+from rsm_sampler.montecarlo.weights import LogWeights
 from rsm_sampler.networks import MLP
 from rsm_sampler.proposals import Proposal
 from rsm_sampler.schedules import EDM
@@ -315,6 +316,9 @@ class EnergyDiffusionTrainer:
         if loss == "reverse-sampling" and draws % 2 and getattr(self.kernel, "antithetic", False):
             raise ValueError(f"num_draws must be even for an antithetic kernel, got {draws}")
         self.centre, self.scale = self._where_to_look(centre, scale)
+        self._hints: dict[str, Any] = {} if self.scale is None else {"scale": float(self.scale)}
+        if centre is not None:
+            self._hints["centre"] = torch.as_tensor(centre, dtype=torch.float64).tolist()
         self.samples = samples
         if samples is not None and (samples.dim() != 2 or samples.shape[-1] != dim):
             raise ValueError(f"samples must have shape (n, {dim}), got {tuple(samples.shape)}")
@@ -610,6 +614,9 @@ class EnergyDiffusionTrainer:
                 "log_z_se": bank.log_z_se,
                 "ess": bank.ess,
                 "method": bank.method,
+                "stopped": self._stopped(),
+                **self._hints,
+                **self._rows(bank),
                 **self._seen(),
             },
             [dict(record) for record in self.history],
@@ -669,6 +676,20 @@ class EnergyDiffusionTrainer:
             self.energy,
             self.config.bank_ess,
             seconds=time.perf_counter() - started,
+        )
+
+    def _stopped(self) -> str:
+        """Why training would not go on: its own rule, the budget, or the number of cycles."""
+        if self._done() or self._length() <= 0:
+            return "rule"
+        return "budget" if self._exhausted() else "cycles"
+
+    def _rows(self, bank: Bank) -> dict[str, Any]:
+        """Effective points of the bank for each context."""
+        return (
+            {}
+            if bank.context is None
+            else {"context_ess": LogWeights(bank.log_weight).ess().tolist()}
         )
 
     def _seen(self) -> dict[str, Any]:

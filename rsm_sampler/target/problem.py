@@ -96,10 +96,16 @@ class Problem:
 
         Arguments:
             u: Points of finite energy.
+
+        Raises:
+            EnergyError: If autograd was asked for and cannot differentiate the energy.
         """
         if self._slope is None:
-            works = self.gradients not in {"none", "differences"} and differentiable(
-                self.energy, self.coordinates.forward(u[:2].double())[0], "search"
+            x = self.coordinates.forward(u[:2].double())[0]
+            if self.gradients == "autograd":
+                self.energy.value_and_gradient(x, purpose="search")
+            works = self.gradients == "autograd" or (
+                self.gradients == "auto" and differentiable(self.energy, x, "search")
             )
             self._slope = "autograd" if works else "differences"
         return self._slope
