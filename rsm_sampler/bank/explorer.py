@@ -188,14 +188,14 @@ class _Explorer:
                 self._basins(scene)
         sources = self.sources
         if sources is None:
-            sources = [Kernels()] if symmetric else [BasinMixture(), Kernels()]
+            sources = [Kernels(thorough=True)] if symmetric else [BasinMixture(), Kernels()]
             if self.ledger.crowded:  # the minima are many, or a continuum
                 sources.reverse()
         best: Proposal | None = None
         chosen: BankSource | None = None
         reasons: list[str] = []
         for source in sources:
-            if best is not None and not plan.worth(best.share, plan.round):
+            if best is not None and not plan.worth(best.share, 3 * plan.round):
                 break
             proposal = self._proposed(source, scene)
             if proposal is not None and (best is None or proposal.share > best.share):

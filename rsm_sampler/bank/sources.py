@@ -52,6 +52,7 @@ _FITTED = 32_768  # points of a fit, at most
 _ON_PATHS, _OF_PATHS = 96, 48  # points on the way down with a curvature; of them taken
 _HEAVIEST = 8  # points of large weight that become components, in a round
 _HEAVY = 0.01  # of the total weight, for that
+_KERNEL_ROUNDS = 4
 _DEFENSIVE = 2.0  # degrees of freedom of the defensive law
 _LAST = 3  # rounds whose laws make the proposal
 _FITTING = 0.5  # share of effective draws within a component that need not be split
@@ -287,15 +288,26 @@ class BasinMixture:
 
 
 class Kernels:
-    """A kernel density of the pool's points, by weight (see the module)."""
+    """A kernel density of the pool's points, by weight (see the module).
+
+    Arguments:
+        thorough: Whether to go on where few draws are effective: in the place of all other
+            sources.
+    """
 
     name = "kernels"
+
+    def __init__(self, *, thorough: bool = False) -> None:
+        self.thorough = thorough
 
     def propose(self, scene: Scene) -> Proposal | None:
         """Rounds, while the share of effective draws grows by a tenth; a small one first."""
         plan, best = scene.plan, None
-        for i in range(4):
-            n = min(plan.round // 2 if i == 0 else 2 * plan.round, scene.left)
+        for i in range(_KERNEL_ROUNDS):
+            n = plan.round // 2 if i == 0 else 2 * plan.round
+            if self.thorough:
+                n = max(n, min(_FITTED, scene.left // _KERNEL_ROUNDS))
+            n = min(n, scene.left)
             weights = scene.pool.weights
             if n < 64 or float(weights.ess()) < 4:
                 break
@@ -303,10 +315,13 @@ class Kernels:
             share = scene.draw(law, n).share()
             x, energy = scene.pool.x[-n:], scene.pool.energy[-n:]
             scene.report(f"kernels, round {i + 1}: {share:.2f}")
-            if best is not None and share < 1.1 * best.share:
+            if best is not None and share < 1.1 * best.share and not self.thorough:
                 break
-            best = Proposal(self.name, law, share, (law, x, energy))
-            if share < 0.02 or not plan.worth(share, 2 * plan.round):
+            if best is None or share > best.share:
+                best = Proposal(self.name, law, share, (law, x, energy))
+            if not plan.worth(share, 2 * plan.round):
+                break
+            if share < plan.least and not self.thorough:
                 break
         return best
 

@@ -45,6 +45,7 @@ _LEAST_EFFECTIVE = 3000  # draws that may renew a bank
 _LEAST_HELPED = 512  # points with gradients
 _HARDLY_DRAWN = 1e-3  # weight of a point, in equal shares
 _NEARLY_NORMAL = 8.0  # times an inverse stiffness: squared noise up to which posteriors are so
+_LEAST_OF_PARTICLES = 0.02  # of a bank's draws: chains of few particles do no better
 _RELAXING, _WALKERS = 0.85, 64  # of the chains' evaluations for particles; their chains
 _LEAPFROG, _MOVES = 10, 100  # steps of a move of theirs, unless there would be fewer moves
 
@@ -144,6 +145,8 @@ class Supply:
             )
             self.adopt(self._helped(bank, reserve, report))
             return
+        if isinstance(self.coordinates, MeanFree):
+            plan = dataclasses.replace(plan, least=_LEAST_OF_PARTICLES)
         relaxing = 0
         if isinstance(self.coordinates, MeanFree) and self.coordinates.reduced > FEW_DIMENSIONS:
             relaxing = int(_RELAXING * plan.chains)
