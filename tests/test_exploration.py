@@ -220,36 +220,74 @@ def eggbox(x):
 
 
 def eggbox_answers():
-    """log Z by the trapezoid rule, and the 13 highest points with the radius of their cells."""
-    grid = torch.linspace(0, 10 * math.pi, 2001, dtype=DOUBLE)
+    """log Z by the trapezoid rule, and the 13 highest points, alike but for their places."""
+    grid = torch.linspace(-5 * math.pi, 5 * math.pi, 2001, dtype=DOUBLE)
     value = -eggbox(torch.cartesian_prod(grid, grid)).view(2001, 2001)
     edge = torch.ones(2001, dtype=DOUBLE)
     edge[[0, -1]] = 0.5
-    step = float(grid[1] - grid[0])
     log_z = float(torch.logsumexp((value + (edge[:, None] * edge).log()).flatten(), 0))
-    place = 2 * math.pi * torch.arange(6, dtype=DOUBLE)
-    all_of_them = torch.cartesian_prod(place, place)
-    return log_z + 2 * math.log(step), all_of_them[(all_of_them.sum(-1) / math.pi) % 4 < 1]
+    place = torch.arange(-2, 3, dtype=DOUBLE)
+    place = torch.cartesian_prod(place, place)
+    place = 2 * math.pi * place[place.sum(-1) % 2 == 0]
+    return log_z + 2 * math.log(float(grid[1] - grid[0])), place
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow),
-                                  pytest.param(2, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
+)
 def test_every_mode_of_the_eggbox_is_there(seed):
-    """Peaks in the box count whole, at its edges half, in its corners a quarter."""
     log_z, place = eggbox_answers()
-    found = explore(eggbox, 2, bounds=(0.0, 10 * math.pi), seed=seed, progress=False)
-    edges = ((place < 1) | (place > 31)).sum(-1)
-    weight = 0.5 ** edges.double()
-    weight = weight / weight.sum()
+    found = explore(eggbox, 2, bounds=(-5 * math.pi, 5 * math.pi), seed=seed, progress=False)
     nearest = torch.cdist(found.x, place).argmin(-1)
-    share, _ = LogWeights(found.log_weight).mean(
-        torch.nn.functional.one_hot(nearest, len(place)).double()
-    )
-    assert len(place) == 18
-    assert float(share.amin()) > 0.5 * float(weight.amin())
-    assert 0.5 * float((share - weight).abs().sum()) <= 0.03
+    share, _ = LogWeights(found.log_weight).mean(torch.nn.functional.one_hot(nearest, 13).double())
+    assert len(found.basins) == 13
+    assert float(share.amin()) > 0.5 / 13
+    assert 0.5 * float((share - 1 / 13).abs().sum()) <= 0.03
     assert abs(found.log_z - log_z) <= min(0.05, 5 * found.log_z_se)
     assert found.verdict == "trustworthy"
+
+
+BEYOND_STARTS = pytest.mark.xfail(
+    reason="within its share of the budget too few starts come to rest to meet all of 32 wells"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.numbers
+@pytest.mark.parametrize(
+    ("dim", "gradients"),
+    [
+        (5, "auto"),
+        pytest.param(60, "auto", marks=BEYOND_STARTS),
+        pytest.param(60, "differences", marks=BEYOND_STARTS),
+    ],
+)
+def test_all_of_32_wells_are_found(dim, gradients):
+    """Each has 1/32 of the mass: none below half of it; log Z within 5 stated errors."""
+    target = energies.SymmetricManyWell(dim)
+    found = explore(target.energy, dim, gradients=gradients, progress=False)
+    share, error = LogWeights(found.log_weight).mean(target.responsibilities(found.x).double())
+    assert float(error.amax()) < 0.1 / 32
+    assert float(share.amin()) > 0.5 / 32
+    assert abs(found.log_z - target.log_z) <= 5 * found.log_z_se < 0.1
+
+
+def test_too_many_basins_are_no_claim_of_all_of_them():
+    """2^16 wells: an estimate of independent draws that is right, or no trust."""
+    target = energies.get("many-well-32")
+    found = explore(target.energy, 32, budget=40_000, ess=1000, progress=False)
+    if found.verdict == "trustworthy":
+        assert abs(found.log_z - target.log_z) <= 5 * found.log_z_se
+
+
+def test_twenty_dimensions_have_exact_weights():
+    """A Gaussian of std 3 at 7 in 20-D: mean and spread within 5 stated errors."""
+    found = explore(lambda x: ((x - 7) / 3).square().sum(-1) / 2, 20, ess=2000, progress=False)
+    z = (found.x - 7) / 3
+    mean, error = LogWeights(found.log_weight).mean(torch.stack([z, z.square() - 1], 1))
+    assert bool((mean.abs() <= 5 * error).all())
+    assert float(error.amax()) < 0.1
+    assert abs(found.log_z - 20 * math.log(3 * math.sqrt(2 * math.pi))) <= 5 * found.log_z_se
 
 
 # The law of all sources

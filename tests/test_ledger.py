@@ -224,7 +224,7 @@ def test_half_of_the_starts_have_the_scales_of_the_survey():
     far = (start[500:] - 5).norm(dim=-1)
     # The stretch is log-uniform over 0.25 to 256: half of them have less than 8.
     share = float((far < 2).double().mean())
-    assert 0.2 < share < 0.5  # by simulation 0.34, standard deviation 0.02
+    assert 0.18 < share < 0.38  # 0.278, with a standard deviation of 0.021, by simulation
     assert float(far.amax()) > 50
 
 

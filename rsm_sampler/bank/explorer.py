@@ -50,7 +50,7 @@ _STRETCHED = 2048  # draws of a law that is stretched to see whether the energy 
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
 _MORE = 4  # times as many starts, where some basins catch far fewer than others
-_STEPS = 100  # downhill
+_STEPS = 200  # downhill
 _PIECE = 32_768  # draws of a bank at a time
 
 
