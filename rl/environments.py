@@ -393,7 +393,7 @@ _COPY = record(
         "elapsed": optional(integer()),
     },
     {
-        "data": entries(tensor(finite=False)),
+        "data": entries(tensor(nan=True)),  # MuJoCo leaves some of it uninitialised
         "time": number(),
         "state": optional(tensor(None, dtypes=(torch.float64,))),
         "as_tuple": flag(),

@@ -32,7 +32,7 @@ __all__ = ["Basin", "Exploration", "explore"]
 _LEAST_BUDGET = 500
 _SEARCH, _STARTS, _CHAINS = 120_000, 128, 250_000  # evaluations, starts, evaluations
 _LEAST_EFFECTIVE = 400.0  # draws: means within a twentieth of a standard deviation
-_LEAST_STARTS = 59  # exclude a basin that catches more than a twentieth of them, with 95 %
+_LEAST_STARTS = 29  # exclude a basin that catches more than a tenth of them, with 95 %
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Exploration:
         method: ``"mixture"``, ``"kernels"`` or another source of independent draws, or
             ``"chains"``.
         region: What was searched.
-        starts: Independent starts of descents.
+        starts: Independent starts whose descents ended in a basin.
         verdict: ``"trustworthy"``, ``"not trustworthy"`` or ``"cannot tell"``.
         reasons: What speaks against the draws, or was turned down.
         seconds: Time it took.
@@ -101,9 +101,10 @@ class Exploration:
     def coverage(self) -> str:
         """What was looked at, and what could still be missing, in a sentence to quote."""
         return (
-            f"Searched {self.region}: descents from {self.starts} independent starts. A basin "
-            f"that catches more than {self.excluded:.1%} of such starts would have been seen with "
-            "95 % confidence; a mode without a basin, or one that catches fewer, may be missing."
+            f"Searched {self.region}: {self.starts} independent starts ended in "
+            f"{len(self.basins)} basins. A basin that catches more than {self.excluded:.1%} of "
+            "such starts would have been seen with 95 % confidence; a mode without a basin, or "
+            "one that catches fewer, may be missing."
         )
 
     @checked
@@ -201,9 +202,13 @@ def explore(
     problem = Problem(meter, coordinates, gradients=gradients)
     where = None
     if centre is not None:
-        where = coordinates.inverse(torch.as_tensor(centre, dtype=torch.float64))
-        if where.shape != (dim,) or not bool(where.isfinite().all()):
-            raise ValueError(f"centre must be {dim} numbers within the bounds, got {centre}")
+        given = torch.as_tensor(centre, dtype=torch.float64)
+        if given.shape == (dim,):
+            where = coordinates.inverse(given)
+        if where is None or not bool(where.isfinite().all()):
+            raise ValueError(
+                f"centre must be {dim} numbers within the bounds, got {given.tolist()}"
+            )
     origin = torch.zeros(2, dim, dtype=torch.float64, device=device)
     plan = Plan.within(
         dim,
@@ -272,6 +277,7 @@ def exploration_of(
         key=lambda basin: -basin.mass if basin.mass == basin.mass else 0.0,
     )
     reasons = list(record["reasons"])
+    located = record["starts"] - record["lost"]
     verdict = "trustworthy"
     if bank.method == "chains":
         verdict = "cannot tell"
@@ -279,9 +285,9 @@ def exploration_of(
     elif bank.ess < min(wanted, _LEAST_EFFECTIVE):
         verdict = "cannot tell"
         reasons.append(f"only {bank.ess:.0f} effective draws within the budget")
-    elif record["starts"] < _LEAST_STARTS and not record["crowded"]:
+    elif located < _LEAST_STARTS:
         verdict = "cannot tell"
-        reasons.append(f"only {record['starts']} independent starts within the budget")
+        reasons.append(f"only {located} of {record['starts']} independent starts ended in a basin")
     return Exploration(
         x=coordinates.forward(bank.points[0])[0],
         log_weight=bank.log_weight[0],
@@ -293,7 +299,7 @@ def exploration_of(
         counts=dict(meter.counts),
         method=record["source"],
         region=record["region"],
-        starts=record["starts"],
+        starts=located,
         verdict=verdict,
         reasons=tuple(reasons),
         seconds=seconds,

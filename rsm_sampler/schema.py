@@ -198,6 +198,7 @@ def tensor(
     axes: int | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     finite: bool = True,
+    nan: bool = False,
 ) -> Schema:
     """Allow tensors.
 
@@ -206,6 +207,7 @@ def tensor(
         axes: Number of axes, where no shape is given.
         dtypes: Their precisions; None for any.
         finite: Whether infinite and NaN entries are refused; otherwise NaN alone is.
+        nan: Whether any number is allowed, NaN too.
     """
 
     def check(value: object, key: str) -> None:
@@ -224,7 +226,7 @@ def tensor(
             raise _refuse(key, f"a tensor of {' or '.join(map(str, dtypes))}", value)
         if value.dtype.is_complex:
             raise _refuse(key, "a tensor of real numbers", value)
-        if value.dtype.is_floating_point:
+        if value.dtype.is_floating_point and not nan:
             bad = ~value.isfinite() if finite else value.isnan()
             if bool(bad.any()):
                 rule = "finite" if finite else "without NaN"

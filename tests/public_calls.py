@@ -54,13 +54,22 @@ EXEMPT: dict[str, str] = {
     **dict.fromkeys(
         (
             "rsm_sampler.bank.",
-            "rsm_sampler.montecarlo.basins.",
+            "rsm_sampler.montecarlo.mixtures.",
+            "rsm_sampler.montecarlo.descents.",
+            "rsm_sampler.target.problem.",
+            "rsm_sampler.target.calls.",
+            "rsm_sampler.target.batches.",
+            "rl.base.check_sizes",
+            "rsm_sampler.exploration.Basin.",
+            "rsm_sampler.exploration.Exploration.",
+            "rsm_sampler.schema.",
+            "energies.workers.",
             "rsm_sampler.montecarlo.population.",
             "rsm_sampler.montecarlo.densities.",
             "rsm_sampler.montecarlo.weights.",
             "rsm_sampler.target.contexts.",
             "rsm_sampler.distributed.",
-            "rsm_sampler.verdict.witness.",
+            "rsm_sampler.verdict.",
         ),
         "called by the trainer and the sampler with what they have made themselves",
     ),
@@ -148,7 +157,6 @@ EXEMPT: dict[str, str] = {
     "rsm_sampler.target.coordinates.coordinates_of": "a state that a checkpoint holds",
     "rsm_sampler.target.energy.MeteredEnergy.check": "called by the search",
     "rsm_sampler.target.energy.particles_of": "reads an attribute, whatever the energy is",
-    "rsm_sampler.target.energy.well_formed": "checks what an energy returned",
     "energies.particles.ParticleTarget.pair_energy": "what a subclass brings",
     "rsm_sampler.loggers.TensorBoardLogger.": "needs an extra; see JSONLinesLogger",
     "rl.stable_baselines.train": "called by rl.train, which has read the agent's name",
@@ -618,9 +626,10 @@ for function in ("autograd_gradient", "differentiable"):
     arguments_of(
         f"rsm_sampler.target.gradients.{function}", energy=lambda: MeteredEnergy(quadratic, 2)
     )
-ARGUMENTS["rsm_sampler.target.gradients.autograd_gradient"].update(
-    transform=of(lambda z: (z, torch.zeros(len(z))))
-)
+ARGUMENTS[
+    "rsm_sampler.target.gradients.autograd_gradient",
+    "rsm_sampler.target.gradients.autograd_value_and_gradient",
+].update(transform=of(lambda z: (z, torch.zeros(len(z)))))
 arguments_of(
     "rsm_sampler.trainer.EnergyDiffusionTrainer.__init__",
     device="cpu", budget=2000, config=lambda: small_config(),
@@ -736,6 +745,8 @@ def value_of(call, name, hint):
     kinds = kinds_of(hint)
     if name in NAMED and not (name in {"low", "high", "scale"} and kinds == {"int"}):
         return NAMED[name]()
+    if name == "dtype":
+        return torch.float64
     if name in SIZES and "int" in kinds:
         return SIZES[name]
     for part in parts_of(hint):

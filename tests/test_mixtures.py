@@ -148,7 +148,7 @@ def test_a_new_broad_law_takes_the_place_of_the_old_one():
 @pytest.mark.parametrize("most", [2, 3, 4, 100])
 def test_halves_have_mean_and_covariance_of_the_whole(most):
     mixture = law()
-    halves = split(mixture, most)
+    halves = split(mixture, most, torch.ones(len(mixture.loc), dtype=torch.bool))
     assert len(halves.loc) == max(2, min(4, most))
     for one, other in zip(moments(halves), moments(mixture), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
@@ -163,7 +163,13 @@ def test_halves_have_mean_and_covariance_of_the_whole(most):
 
 def test_light_components_are_not_split():
     """Less than a quarter of an equal share."""
-    assert len(split(law((0.1, 0.9)), 100).loc) == 3
+    poor = torch.ones(2, dtype=torch.bool)
+    assert len(split(law((0.1, 0.9)), 100, poor).loc) == 3
+
+
+def test_components_that_fit_are_not_split():
+    assert len(split(law(), 100, torch.tensor([False, True])).loc) == 3
+    assert len(split(law(), 100, torch.zeros(2, dtype=torch.bool)).loc) == 2
 
 
 def test_more_components_have_their_share_together():

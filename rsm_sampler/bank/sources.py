@@ -142,6 +142,35 @@ class BankSource(Protocol):
         ...
 
 
+def components_of(scene: Scene) -> Mixture:
+    """Several scales at each basin, and the broad law."""
+    loc, tril, weight = [scene.broad.loc], [scene.broad.scale_tril], [0.2]
+    basins, dim = scene.ledger.basins, len(scene.broad.loc)
+    largest = float(scene.broad.scale_tril.diagonal().log().mean())
+    for basin in basins:
+        own = cholesky(basin.factor @ basin.factor.mT)
+        size = float(own.diagonal().log().mean())
+        number = 1
+        while number < _SCALES and (
+            number < 3 or size + (number - 1) * math.log(2) < largest + math.log(2)
+        ):
+            number += 1
+        if number * len(basins) > 4 * scene.plan.components:
+            number = max(1, 4 * scene.plan.components // len(basins))
+        for j in range(number):
+            loc.append(basin.x)
+            tril.append(2.0**j * own)
+            weight.append(1.0 if number == 1 else 0.5 if j == 0 else 0.5 / (number - 1))
+    share = torch.tensor(weight, dtype=torch.float64, device=scene.broad.loc.device)
+    return Mixture(
+        share / share.sum(),
+        torch.stack(loc),
+        torch.stack(tril),
+        scene.defence,
+        float(max(5, 4 * dim)),
+    )
+
+
 class BasinMixture:
     """Student-t components at all basins, adapted by the weights (see the module)."""
 
@@ -159,7 +188,7 @@ class BasinMixture:
         n = plan.round
         rounds: list[tuple[float, Mixture, Tensor, Tensor]] = []
         if self._mixture is None:
-            mixture = self._components(scene)
+            mixture = components_of(scene)
         else:
             mixture = self._adapted(scene, self._mixture, grow=True, paths=False)
             n = 4 * n
@@ -192,34 +221,6 @@ class BasinMixture:
         _, law, x, energy = last[-1]
         return Proposal(
             self.name, joint, sum(each[0] for each in last) / len(last), (law, x, energy)
-        )
-
-    def _components(self, scene: Scene) -> Mixture:
-        """Several scales at each basin, and the broad law."""
-        loc, tril, weight = [scene.broad.loc], [scene.broad.scale_tril], [0.2]
-        basins, dim = scene.ledger.basins, len(scene.broad.loc)
-        largest = float(scene.broad.scale_tril.diagonal().log().mean())
-        for basin in basins:
-            own = cholesky(basin.factor @ basin.factor.mT)
-            size = float(own.diagonal().log().mean())
-            number = 1
-            while number < _SCALES and (
-                number < 3 or size + (number - 1) * math.log(2) < largest + math.log(2)
-            ):
-                number += 1
-            if number * len(basins) > 4 * scene.plan.components:
-                number = max(1, 4 * scene.plan.components // len(basins))
-            for j in range(number):
-                loc.append(basin.x)
-                tril.append(2.0**j * own)
-                weight.append(1.0 if number == 1 else 0.5 if j == 0 else 0.5 / (number - 1))
-        share = torch.tensor(weight, dtype=torch.float64, device=scene.broad.loc.device)
-        return Mixture(
-            share / share.sum(),
-            torch.stack(loc),
-            torch.stack(tril),
-            scene.defence,
-            float(max(5, 4 * dim)),
         )
 
     def _adapted(self, scene: Scene, mixture: Mixture, *, grow: bool, paths: bool) -> Mixture:
@@ -303,6 +304,10 @@ class Kernels:
     def propose(self, scene: Scene) -> Proposal | None:
         """Rounds, while the share of effective draws grows by a tenth; a small one first."""
         plan, best = scene.plan, None
+        known = any(isinstance(law, Mixture) for law in scene.pool.laws)
+        if scene.ledger.basins and not known:  # points in every basin that was seen
+            first = components_of(scene)
+            scene.draw(first, min(max(plan.round, 16 * len(first.loc)), scene.left // 2))
         for i in range(_KERNEL_ROUNDS):
             n = plan.round // 2 if i == 0 else 2 * plan.round
             if self.thorough:

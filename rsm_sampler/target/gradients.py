@@ -103,6 +103,7 @@ def autograd_gradient(
     )[1]
 
 
+@checked
 def autograd_value_and_gradient(
     energy: MeteredEnergy,
     transform: Callable[[Tensor], tuple[Tensor, Tensor]],
