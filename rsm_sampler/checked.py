@@ -37,7 +37,9 @@ _Rule = Callable[[str, Any, _Scope], Any]
 _ARRAY_LIKE = npt.ArrayLike
 # What the library's names for counts mean: the least value, and no more than memory holds.
 _COUNTS: dict[str, int] = {
-    **dict.fromkeys(("n", "seeds", "frequencies", "harmonics", "context_dim", "sample_shape"), 0),
+    **dict.fromkeys(
+        ("n", "pilot", "seeds", "frequencies", "harmonics", "context_dim", "sample_shape"), 0
+    ),
     **dict.fromkeys(
         ("dim", "observation_dim", "action_dim", "num_particles", "space_dim", "size", "width"), 1
     ),
@@ -50,7 +52,7 @@ _COUNTS: dict[str, int] = {
     **dict.fromkeys(
         ("candidates", "components", "batch_size", "buffer_size", "bank_size", "capacity"), 1
     ),
-    **dict.fromkeys(("round_draws", "check_draws", "bank_contexts", "pilot", "order"), 1),
+    **dict.fromkeys(("round_draws", "check_draws", "bank_contexts", "order"), 1),
     **dict.fromkeys(("num_projections", "resolution", "radial", "vectors", "rows", "columns"), 1),
     **dict.fromkeys(
         ("num_contexts", "episodes", "jobs", "inputs", "resampled", "draws", "keep"), 1

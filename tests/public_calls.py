@@ -616,20 +616,20 @@ arguments_of("rsm_sampler.target.coordinates.bounds_of", given=lambda: (0.0, 1.0
 arguments_of("rsm_sampler.schedules.Schedule.sigma", t=0.5)
 arguments_of("rsm_sampler.schedules.Schedule.alpha_bar", t=0.5)
 arguments_of("rsm_sampler.schedules.Schedule.time", sigma=0.5)
-for method, argument, length in (("centred", "x", 9), ("inverse", "x", 9), ("single", "x", 9),
+for method, argument, length in (("centred", "x", 9), ("inverse", "x", 9), ("inside", "x", 9),
                                  ("forward", "u", 6)):  # fmt: skip
     arguments_of(
         f"rsm_sampler.target.coordinates.MeanFree.{method}",
         **{argument: functools.partial(torch.zeros, 4, length)},
     )
-for function in ("autograd_gradient", "differentiable"):
+for function in ("autograd_gradient", "autograd_value_and_gradient", "differentiable"):
     arguments_of(
         f"rsm_sampler.target.gradients.{function}", energy=lambda: MeteredEnergy(quadratic, 2)
     )
-ARGUMENTS[
-    "rsm_sampler.target.gradients.autograd_gradient",
-    "rsm_sampler.target.gradients.autograd_value_and_gradient",
-].update(transform=of(lambda z: (z, torch.zeros(len(z)))))
+for function in ("autograd_gradient", "autograd_value_and_gradient"):
+    ARGUMENTS[f"rsm_sampler.target.gradients.{function}"].update(
+        transform=of(lambda z: (z, torch.zeros(len(z))))
+    )
 arguments_of(
     "rsm_sampler.trainer.EnergyDiffusionTrainer.__init__",
     device="cpu", budget=2000, config=lambda: small_config(),

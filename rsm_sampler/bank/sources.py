@@ -266,6 +266,8 @@ class BasinMixture:
 
     def _on_paths(self, scene: Scene) -> tuple[Tensor, Tensor] | None:
         """Components at points on the way down, by the mass that the curvature there suggests."""
+        if not scene.paths:
+            return None
         x = torch.cat([points for points, _ in scene.paths])
         energy = torch.cat([energies for _, energies in scene.paths])
         cost = 4 * scene.problem.dim * scene.problem.slope_cost(x)

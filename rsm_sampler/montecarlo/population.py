@@ -231,6 +231,7 @@ class _Population:
         size = size - size.mean(0)
         slope = standard.mT @ size / n  # (j, k), in units of the width of x_j
         known = slope.abs() / size.std(0, correction=0).clamp(min=1e-9)
+        known = known.nan_to_num(0.0, 0.0, 0.0).clamp(max=1e3)
         known.fill_diagonal_(0.0)
         slope = torch.where(known > _SCALING, slope, 0.0)
         one = torch.multinomial(

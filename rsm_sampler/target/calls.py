@@ -250,7 +250,10 @@ class Calls:
                 value = well_formed(self.energy(leaf.clone(), *contexts), part[0])
                 slope = None
                 if value.requires_grad:
-                    (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+                    one = torch.ones_like(
+                        value
+                    )  # a sum would need the setting that the energy left
+                    (slope,) = torch.autograd.grad(value, leaf, one, allow_unused=True)
                 return value.detach().to(device, torch.float64, copy=True), slope
         except RuntimeError as error:
             explained = _explained(error, self.dtype)
