@@ -191,16 +191,9 @@ class _Explorer:
             sources = [Kernels(thorough=True)] if symmetric else [BasinMixture(), Kernels()]
             if self.ledger.crowded:  # the minima are many, or a continuum
                 sources.reverse()
-        best: Proposal | None = None
-        chosen: BankSource | None = None
-        reasons: list[str] = []
-        for source in sources:
-            if best is not None and not plan.worth(best.share, 3 * plan.round):
-                break
-            proposal = self._proposed(source, scene)
-            if proposal is not None and (best is None or proposal.share > best.share):
-                best, chosen = proposal, source
-        bank = None
+        sources = list(sources)
+        best, chosen = self._best(sources, scene, 3 * plan.round)
+        bank, reasons = None, list[str]()
         for _ in range(plan.waves):
             if best is None or chosen is None or (reasons and self.late):
                 break
@@ -216,13 +209,34 @@ class _Explorer:
             if room < plan.round:
                 break
             scene.limit = self.meter.evaluations + min(plan.wave, room // 2)
-            best = self._proposed(chosen, scene)
+            sources.remove(chosen)
+            sources.append(chosen)
+            best, chosen = self._best(sources, scene, None)
         if bank is None:
             best = None
             self._look_for_flat()
             bank = self._chains()
         self._masses(bank)
         return Found(bank, self.ledger, best, self.surveyed, self._region(), reasons)
+
+    def _best(
+        self, sources: Sequence[BankSource], scene: Scene, cost: int | None
+    ) -> tuple[Proposal | None, BankSource | None]:
+        """The best proposal and its source.
+
+        Sources are asked in order until the best would not save as many evaluations as a further
+        one may cost, or, without a cost, until a proposal will do.
+        """
+        best, chosen, plan = None, None, self.plan
+        for source in sources:
+            proposal = self._proposed(source, scene)
+            if proposal is not None and (best is None or proposal.share > best.share):
+                best, chosen = proposal, source
+            if best is not None and (
+                best.share >= plan.least if cost is None else not plan.worth(best.share, cost)
+            ):
+                break
+        return best, chosen
 
     def _proposed(self, source: BankSource, scene: Scene) -> Proposal | None:
         try:

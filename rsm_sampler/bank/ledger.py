@@ -228,10 +228,13 @@ class Ledger:
         hessian = 0.5 * (ahead - behind) @ axes
         hessian = torch.where(known[:, None] & known, hessian, 0.0)
         hessian = 0.5 * (hessian + hessian.mT)
-        # Widths of the axes, for the clamp.
-        least = ((axes / width[:, None]).square().sum(0) / _WIDEST**2).clamp(min=1e-300)
-        scaled = (hessian / (least[:, None] * least).sqrt()).nan_to_num(0.0, 0.0, 0.0)
-        curvature, vectors = torch.linalg.eigh(scaled.clamp(-_STEEPEST, _STEEPEST))
-        vectors = vectors * curvature.clamp(min=1.0).rsqrt()
+        # In units of the axes: there it is about the identity, and no digits are lost.
+        curvature, vectors = torch.linalg.eigh(hessian.nan_to_num(0.0, 0.0, 0.0))
+        direction = (axes / width[:, None]) @ vectors
+        least = (direction.square().sum(0) / _WIDEST**2).clamp(min=1e-300)
+        relative = curvature / least
+        direction = direction * (relative.clamp(1.0, _STEEPEST) * least).rsqrt()
+        left, size, _ = torch.linalg.svd(direction)  # of several, each of the widest
         below = ends[value < energy - _SLACK]
-        return (axes / least.sqrt()) @ vectors, float(curvature[0]), below
+        factor = width[:, None] * (left * size.clamp(max=_WIDEST))
+        return factor, float(relative.amin()), below

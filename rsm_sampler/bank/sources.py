@@ -36,9 +36,9 @@ from rsm_sampler.montecarlo.densities import (
 )
 from rsm_sampler.montecarlo.mixtures import (
     allocated,
-    cholesky,
     extended,
     local_share,
+    lower_root,
     refitted,
     split,
 )
@@ -49,7 +49,9 @@ __all__ = ["BankSource", "BasinMixture", "Kernels", "Proposal", "Scene"]
 
 _SCALES = 8  # at a basin, each twice the one before: up to 128 widths
 _FITTED = 32_768  # points of a fit, at most
-_ON_PATHS, _OF_PATHS = 96, 48  # points on the way down with a curvature; of them taken
+_ON_PATHS = 96  # points on the way down with a curvature
+_NEGLIGIBLE = 1e-3  # of an equal share: such points are left out
+_DOWNHILL = 0.15  # share of the defensive law that holds them; two thirds are theirs
 _HEAVIEST = 8  # points of large weight that become components, in a round
 _HEAVY = 0.01  # of the total weight, for that
 _KERNEL_ROUNDS = 4
@@ -73,6 +75,7 @@ class Scene:
         generator: Source of randomness.
         report: Receives what is being done.
         paths: Points on the ways down, (n, dim), and their energies, (n).
+        downhill: Components at some of them, where minima do not describe the target.
         limit: Evaluations of the meter at which exploration has to end.
     """
 
@@ -86,6 +89,7 @@ class Scene:
     report: Callable[[str], None]
     limit: int
     paths: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    downhill: Mixture | None = None
 
     @property
     def width(self) -> Tensor:
@@ -99,10 +103,15 @@ class Scene:
 
     @property
     def defence(self) -> Density:
-        """The defensive law of proposals: the box, or heavy tails about the broad law."""
-        if self.ladder.boxed:
-            return self.ladder
-        return StudentT(self.broad.loc, self.broad.scale_tril, _DEFENSIVE)
+        """The defensive law of proposals: the box, or heavy tails about the broad law.
+
+        Components on the ways down are a part of it: a fit gives up what few draws have reached,
+        the end of a neck.
+        """
+        law: Density = self.ladder
+        if not self.ladder.boxed:
+            law = StudentT(self.broad.loc, self.broad.scale_tril, _DEFENSIVE)
+        return law if self.downhill is None else Joint([law, self.downhill], [1, 2])
 
     def draw(self, law: Density, n: int) -> LogWeights:
         """Draw from a law into the pool; the draws' own weights."""
@@ -148,7 +157,7 @@ def components_of(scene: Scene) -> Mixture:
     basins, dim = scene.ledger.basins, len(scene.broad.loc)
     largest = float(scene.broad.scale_tril.diagonal().log().mean())
     for basin in basins:
-        own = cholesky(basin.factor @ basin.factor.mT)
+        own = lower_root(basin.factor)
         size = float(own.diagonal().log().mean())
         number = 1
         while number < _SCALES and (
@@ -167,8 +176,13 @@ def components_of(scene: Scene) -> Mixture:
         torch.stack(loc),
         torch.stack(tril),
         scene.defence,
-        float(max(5, 4 * dim)),
+        _tails(dim),
     )
+
+
+def _tails(dim: int) -> float:
+    """Degrees of freedom of components: fewer would waste draws in many dimensions."""
+    return float(max(5, 4 * dim))
 
 
 class BasinMixture:
@@ -228,16 +242,19 @@ class BasinMixture:
         dim, weights = scene.problem.dim, scene.pool.weights
         if not bool(weights.usable):
             return mixture
+        if paths and scene.downhill is None:
+            scene.downhill = self._on_paths(scene)
+            if scene.downhill is not None:  # nothing was drawn there yet that a fit could rely on
+                old, new = mixture, scene.downhill
+                wide = Mixture(
+                    old.weight, old.loc, old.scale_tril, scene.defence, old.df, share=_DOWNHILL
+                )
+                return extended(wide, new.loc, new.scale_tril, share=0.5)
         beta = weights.largest_power(max(64.0, 10.0 * dim))
         tempered = weights.tempered(beta)
-        if paths:
-            found = self._on_paths(scene)
-            if found is not None:
-                mixture = extended(mixture, *found, share=0.5)
-        else:
-            heavy = self._heaviest(scene, mixture, weights)
-            if heavy is not None:
-                mixture = extended(mixture, *heavy, share=0.1)
+        heavy = self._heaviest(scene, mixture, weights)
+        if heavy is not None:
+            mixture = extended(mixture, *heavy, share=0.1)
         if grow:
             x, energy = scene.pool.x[-scene.pool.counts[-1] :], scene.pool.energy
             local = local_share(mixture, x, energy[-len(x) :])
@@ -264,7 +281,7 @@ class BasinMixture:
             return None
         return self._curved(scene, scene.pool.x[heavy])
 
-    def _on_paths(self, scene: Scene) -> tuple[Tensor, Tensor] | None:
+    def _on_paths(self, scene: Scene) -> Mixture | None:
         """Components at points on the way down, by the mass that the curvature there suggests."""
         if not scene.paths:
             return None
@@ -280,14 +297,15 @@ class BasinMixture:
         x, energy = x[low[place]], energy[low[place]]
         loc, tril = self._curved(scene, x)
         mass = LogWeights(tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) - energy)
-        taken = min(_OF_PATHS, scene.plan.components)
-        beta = mass.largest_power(0.6 * min(taken, number))
-        index = mass.tempered(beta).resampled(taken, scene.generator).unique()
-        return loc[index], tril[index]
+        weight = mass.tempered(mass.largest_power(0.5 * number)).normalised()
+        kept = weight > _NEGLIGIBLE / number
+        weight = weight[kept] / weight[kept].sum()
+        tails = _tails(scene.problem.dim)
+        return Mixture(weight, loc[kept], tril[kept], scene.defence, tails, share=0.0)
 
     def _curved(self, scene: Scene, x: Float[Tensor, "k dim"]) -> tuple[Tensor, Tensor]:
         factor = torch.stack([scene.ledger.factor(point, scene.width) for point in x])
-        return x, cholesky(factor @ factor.mT)
+        return x, lower_root(factor)
 
 
 class Kernels:

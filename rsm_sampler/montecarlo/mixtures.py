@@ -22,7 +22,9 @@ from torch import Tensor
 
 from rsm_sampler.montecarlo.densities import Density, Mixture
 
-__all__ = ["allocated", "cholesky", "extended", "local_share", "refitted", "split"]
+__all__ = [
+    "allocated", "cholesky", "extended", "local_share", "lower_root", "refitted", "split"
+]  # fmt: skip
 
 _LEAST_SHARE = 0.02  # of a component, in equal shares: it stays in sight
 _DROPPED = 1e-3  # likewise: it is given up
@@ -34,6 +36,19 @@ def cholesky(covariance: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*bat
     """Cholesky factors, with a relative jitter of 1e-10 on the diagonal."""
     diagonal = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-300)
     return torch.linalg.cholesky(covariance + 1e-10 * diagonal.diag_embed())
+
+
+def lower_root(root: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """The lower triangular root of the covariance that has a root.
+
+    By a QR decomposition: the covariance itself would hold only half of the digits.
+
+    Arguments:
+        root: A with A A^T the covariance.
+    """
+    upper = torch.linalg.qr(root.mT).R
+    sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return (sign[..., None] * upper).mT
 
 
 def refitted(
