@@ -70,6 +70,7 @@ COORDINATES = record(
     {
         "low": tensor(None, dtypes=_FLOATS, finite=False),
         "high": tensor(None, dtypes=_FLOATS, finite=False),
+        "normal": tensor(dtypes=(torch.bool,)),
         "particles": tensor(2, dtypes=(torch.int64,)),
     },
 )
@@ -226,7 +227,7 @@ def coordinates_kept(state: dict[str, Tensor], reduced: int) -> Coordinates:
         CheckpointError: If they are of another length.
         ValueError: If there are no such coordinates.
     """
-    if set(state) not in ({"low", "high"}, {"particles"}):
+    if set(state) - {"normal"} not in ({"low", "high"}, {"particles"}):
         raise checkpoint.CheckpointError(
             f"coordinates must have low and high, or particles, got {sorted(state)}"
         )

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rsm_sampler.target.coordinates import Affine, Bounds, bounds_of
+from rsm_sampler.target.coordinates import Affine, Bounds, bounds_of, coordinates_of
 from tests.exact import NoReadBack
 
 DOUBLE = torch.float64
@@ -34,16 +34,32 @@ def test_the_maps_are_those_of_the_table():
         u[:, 0],
         -1.5 + (1 + u[:, 1].exp()).log(),
         0.5 - (1 + (-u[:, 2]).exp()).log(),
-        2 + 3 * sigmoid[:, 3],
+        2 + 3 * torch.special.ndtr(u[:, 3]),
     ]
     torch.testing.assert_close(x, torch.stack(expected, -1))
-    slopes = sigmoid[:, 1] * (1 - sigmoid[:, 2]) * 3 * sigmoid[:, 3] * (1 - sigmoid[:, 3])
+    normal_density = (-0.5 * u[:, 3].square()).exp() / math.sqrt(2 * math.pi)
+    slopes = sigmoid[:, 1] * (1 - sigmoid[:, 2]) * 3 * normal_density
     torch.testing.assert_close(log_det, slopes.log())
+
+
+def test_files_that_do_not_say_otherwise_have_logistic_bounds():
+    """Samplers were written before two-sided bounds became those of the normal law."""
+    low, high = (torch.tensor(end, dtype=DOUBLE) for end in (LOW, HIGH))
+    old = coordinates_of({"low": low, "high": high})
+    u = normal(50, 4)
+    x, log_det = old.forward(u)
+    sigmoid = torch.sigmoid(u[:, 3])
+    torch.testing.assert_close(x[:, 3], 2 + 3 * sigmoid)
+    torch.testing.assert_close(old.inverse(x), u)
+    both = (3 * sigmoid * (1 - sigmoid)).log()
+    rest = torch.sigmoid(u[:, 1]).log() + torch.sigmoid(-u[:, 2]).log()
+    torch.testing.assert_close(log_det, both + rest)
+    assert old.logistic and set(old.state_dict()) == {"low", "high"}
 
 
 @pytest.mark.parametrize("reach", [1.0, 10.0, 30.0])
 def test_the_volume_is_that_of_autograd(reach):
-    u = reach * normal(50, 4)
+    u = reach * normal(50, 4) * torch.tensor([1.0, 1.0, 1.0, 0.2], dtype=DOUBLE)
     _, log_det = mixed().forward(u)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda v: mixed().forward(v)[0]))(u)
     free = jacobian.abs().diagonal(dim1=1, dim2=2).amin(-1) > 0  # not held inside by a clamp
@@ -136,7 +152,7 @@ def test_batch_shapes_state_and_precision():
     u = normal(3, 5, 2, dtype=torch.float32)
     x, log_det = bounds.forward(u)
     assert x.shape == (3, 5, 2) and log_det.shape == (3, 5) and log_det.dtype is torch.float32
-    again = Bounds(**bounds.state_dict(), dim=2)
+    again = coordinates_of(bounds.state_dict())
     assert torch.equal(again.forward(u)[0], x)
     torch.testing.assert_close(again.inverse(x), u, rtol=1e-4, atol=1e-4)
     with NoReadBack():

@@ -482,7 +482,7 @@ class _Explorer:
             )
             if effective >= plan.ess or (spent and share < plan.least / 2):
                 break
-            n = round(1.1 * (plan.ess - effective) / max(share, plan.least))
+            n = round(1.02 * (plan.ess - effective) / max(share, plan.least))
             n = min(most - spent, max(1024, min(_PIECE, n)))
             spent += n
             self.report(f"bank, {spent} points")

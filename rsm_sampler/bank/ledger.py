@@ -28,6 +28,7 @@ _NEWTON = 3
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
 _RARE = 0.4  # of an equal share of the starts
 _MOST = 64  # basins with a curvature
+_ALONE = 0.4  # of 64 starts in as many equal basins, 37 % are alone
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Ledger:
         The share of starts that are alone in theirs estimates the chance that one more finds
         another (Good, 1953, https://doi.org/10.1093/biomet/40.3-4.237).
         """
-        return self.full or (self.starts > 0 and self.alone + self.lost > 0.6 * self.starts)
+        return self.full or (self.starts > 0 and self.alone + self.lost > _ALONE * self.starts)
 
     def add(
         self,

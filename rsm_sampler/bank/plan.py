@@ -60,7 +60,7 @@ class Plan:
     rounds: int = 8
     components: int = 64
     kernels: int = 1000
-    best: float = 0.9
+    best: float = 0.8
     poor: float = 0.3
     hopeless: float = 0.003
     least: float = 0.1

@@ -327,9 +327,9 @@ class Kernels:
         known = any(isinstance(law, Mixture) for law in scene.pool.laws)
         if scene.ledger.basins and not known:  # points in every basin that was seen
             first = components_of(scene)
-            scene.draw(first, min(max(plan.round, 16 * len(first.loc)), scene.left // 2))
+            scene.draw(first, min(max(plan.round, 16 * len(scene.ledger.basins)), scene.left // 2))
         for i in range(_KERNEL_ROUNDS):
-            n = plan.round // 2 if i == 0 else 2 * plan.round
+            n = plan.round // 2 if i == 0 else plan.round
             if self.thorough:
                 n = max(n, min(_FITTED, scene.left // _KERNEL_ROUNDS))
             n = min(n, scene.left)

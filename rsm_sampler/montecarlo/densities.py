@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
+from torch.special import ndtri
 
 __all__ = [
     "Density",
@@ -338,7 +339,7 @@ class ScaleLadder:
         distance = (scale * noise).abs().clamp(min=1e-300)
         unbounded = self.kind * _inverse_softplus(distance)
         u = torch.where(self._free, self.loc + scale * noise, unbounded)
-        u = torch.where(self._box, uniform.logit(), u)
+        u = torch.where(self._box, ndtri(uniform), u)
         largest = torch.where(self._box, 0.0, scale).amax(-1)
         return u, largest
 
@@ -351,7 +352,7 @@ class ScaleLadder:
         total = torch.zeros_like(x[:, 0])
         if bool(self._box.any()):
             u = x[:, self._box]
-            total = (logsigmoid(u) + logsigmoid(-u)).sum(-1)
+            total = -0.5 * (u.square() + math.log(2 * math.pi)).sum(-1)
         rest = ~self._box
         if not bool(rest.any()):
             return total

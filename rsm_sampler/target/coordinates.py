@@ -6,16 +6,20 @@ works on :math:`z \in \mathbb R^d` with mean about 0 and covariance about the id
 .. math:: u = m + L z, \qquad x = b(u),
 
 with :math:`m, L` found by the search (:mod:`rsm_sampler.bank.explorer`) and :math:`b` applied to
-each coordinate. With the logistic function :math:`\varsigma(u) = 1 / (1 + e^{-u})`,
+each coordinate. With the logistic function :math:`\varsigma(u) = 1 / (1 + e^{-u})` and the
+standard normal distribution function :math:`\Phi`,
 
-================= ================================ ======================================
+================= ================================ ===========================
 bounds            :math:`b(u)`                     :math:`b'(u)`
-================= ================================ ======================================
+================= ================================ ===========================
 none              :math:`u`                        1
 :math:`l < x`     :math:`l - \log \varsigma(-u)`   :math:`\varsigma(u)`
 :math:`x < h`     :math:`h + \log \varsigma(u)`    :math:`\varsigma(-u)`
-:math:`l < x < h` :math:`l + (h - l) \varsigma(u)` :math:`(h - l) \varsigma(u) \varsigma(-u)`
-================= ================================ ======================================
+:math:`l < x < h` :math:`l + (h - l) \Phi(u)`      :math:`(h - l) \Phi'(u)`
+================= ================================ ===========================
+
+What is uniform between two bounds is normal in u, and a pole :math:`x^{a - 1}` at a bound has the
+tail of a normal law of variance :math:`1 / a`.
 
 A density follows its coordinates: :math:`E_u(u) = E(b(u)) - \sum_i \log b'(u_i)`, and
 :math:`\log p(x) = \log p(z) - \log|\det L| - \sum_i \log b'(u_i)`.
@@ -37,9 +41,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.special import ndtri
 
 from rsm_sampler import validation
 from rsm_sampler.checked import checked
+
+_FARTHEST = 1e18  # its square is a number in single precision, too
+_LOG_2PI = math.log(2 * math.pi)
 
 __all__ = ["Affine", "Bounds", "Coordinates", "MeanFree", "bounds_of", "coordinates_of"]
 
@@ -82,7 +90,8 @@ def coordinates_of(state: dict[str, Tensor]) -> "Bounds | MeanFree":
     """
     if "particles" in state:
         return MeanFree(*state["particles"].tolist())
-    return Bounds(state["low"], state["high"], len(state["low"]))
+    low, high = state["low"], state["high"]
+    return Bounds(low, high, len(low), logistic="normal" not in state)
 
 
 @checked(skip=("given",))
@@ -176,6 +185,8 @@ class Bounds:
         low: Lower bounds, a number or one for each coordinate; ``-inf`` for none.
         high: Upper bounds; ``inf`` for none.
         dim: Number of coordinates.
+        logistic: Whether two-sided bounds are those of the logistic function instead of the normal
+            distribution function: files that do not say which are of that kind.
 
     Attributes:
         low: Lower bounds in double precision, with shape (dim).
@@ -197,10 +208,13 @@ class Bounds:
         low: float | Sequence[float] | Tensor,
         high: float | Sequence[float] | Tensor,
         dim: int,
+        *,
+        logistic: bool = False,
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.dim = self.reduced = dim
+        self.logistic = logistic
         self.low, self.high = _bound("low", low, dim), _bound("high", high, dim)
         if not bool((self.low < self.high).all()):
             raise ValueError(
@@ -229,15 +243,20 @@ class Bounds:
             return u, torch.zeros_like(u[..., 0])
         at = self._limits(u)
         log_up, log_down = logsigmoid(u), logsigmoid(-u)
+        log_slope = torch.where(at.has_low, log_up, 0) + torch.where(at.has_high, log_down, 0)
+        if self.logistic:
+            tail = logsigmoid(-u.abs()).exp()
+        else:
+            tail = 0.5 * torch.special.erfc(u.abs() / math.sqrt(2.0))
+            square = u.clamp(-_FARTHEST, _FARTHEST).square()
+            log_slope = torch.where(at.two_sided, -0.5 * (square + _LOG_2PI), log_slope)
         # From the nearer bound, to keep the digits of a small distance.
-        nearer = torch.where(
-            u < 0, at.low + at.width * log_up.exp(), at.high - at.width * log_down.exp()
-        )
+        distance = at.width * tail
+        nearer = torch.where(u < 0, at.low + distance, at.high - distance)
         one_sided = torch.where(at.has_low, at.low - log_down, at.high + log_up)
         x = torch.where(at.two_sided, nearer, torch.where(at.bounded, one_sided, u))
         x = x.clamp(at.first, at.last)
-        log_det = torch.where(at.has_low, log_up, 0) + torch.where(at.has_high, log_down, 0)
-        return x, log_det.sum(-1) + at.log_volume
+        return x, log_slope.sum(-1) + at.log_volume
 
     def inverse(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """The unbounded point.
@@ -252,9 +271,14 @@ class Bounds:
             return x
         at = self._limits(x)
         above, below = x - at.low, at.high - x
+        if self.logistic:
+            between = above.log() - below.log()
+        else:
+            share = above.minimum(below) / at.width
+            between = torch.where(above < below, ndtri(share), -ndtri(share))
         u = torch.where(
             at.two_sided,
-            above.log() - below.log(),
+            between,
             torch.where(at.has_low, _inverse_softplus(above), -_inverse_softplus(below)),
         )
         inside = (~at.has_low | (above > 0)) & (~at.has_high | (below > 0))
@@ -280,7 +304,10 @@ class Bounds:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that make the same bounds again."""
-        return {"low": self.low, "high": self.high}
+        state = {"low": self.low, "high": self.high}
+        if not self.logistic and bool((self.low.isfinite() & self.high.isfinite()).any()):
+            state["normal"] = torch.tensor(True)
+        return state
 
     def _limits(self, like: Tensor) -> "_Limits":
         key = (like.dtype, like.device)

@@ -8,7 +8,7 @@ not), in unbounded coordinates
 and directions v of four kinds, since modes of posteriors often lie along coordinates: normal
 vectors (40 %), random signs (20 %), one coordinate (20 %), all coordinates alike (20 %). Where
 coordinates are bounded on both sides, half of the starts are uniform over the box in these, and
-half on a ladder of :math:`a \in (-1, 3/2)` in logit coordinates, which reaches the corners.
+half on a ladder of :math:`a \in (-1, 9/10)` in unbounded coordinates, which reaches the corners.
 
 **After these** more starts are sent out, which are not counted as independent: on a star of all
 coordinate axes and the diagonal about the heaviest basins, about all basins found so far on a
@@ -37,7 +37,7 @@ from rsm_sampler.verdict.landscape import Landscape
 __all__ = ["Basin", "Ledger", "descend", "draw_starts", "find_basins"]
 
 LADDER = (-4.0, 5.0)  # powers of ten in which starts spread, about the centre
-_LOGIT_LADDER = (-1.0, 1.5)  # likewise in logit coordinates: 10^1.5 is 1e-14 from a bound
+_BOXED_LADDER = (-1.0, 0.9)  # likewise between two bounds: 10^0.9 is 1e-15 from one of them
 _ABOUT = (-1.5, 2.5)  # likewise about a basin, in its widths
 _SHELLS = (0.3, 2.0)  # likewise, in all directions alike
 _KINDS = (0.4, 0.6, 0.8)  # shares of the directions, cumulated
@@ -131,11 +131,11 @@ def draw_starts(
     v = _directions(n, len(centre), like)
     power = torch.rand(n, 1, **like)
     free = LADDER[0] + (LADDER[1] - LADDER[0]) * power
-    boxed = _LOGIT_LADDER[0] + (_LOGIT_LADDER[1] - _LOGIT_LADDER[0]) * power
+    boxed = _BOXED_LADDER[0] + (_BOXED_LADDER[1] - _BOXED_LADDER[0]) * power
     u = centre + torch.where(two_sided, 10**boxed * v, scale * 10**free * v)
     uniform = torch.rand(n, len(centre), **like).clamp(1e-15, 1 - 1e-15)
     inside = torch.rand(n, 1, **like) < 0.5
-    return torch.where(two_sided & inside, torch.logit(uniform), u)
+    return torch.where(two_sided & inside, torch.special.ndtri(uniform), u)
 
 
 def _directions(n: int, dim: int, like: dict[str, Any]) -> Tensor:

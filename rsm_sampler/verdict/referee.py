@@ -170,9 +170,12 @@ class _Cube:
         """Unbounded coordinates, and the logarithm of the volume that they take."""
         c = c.clamp(1e-15, 1 - 1e-15)
         linear = self.low + (self.high - self.low) * c
-        u = torch.where(self.two_sided, torch.logit(c), linear)
+        normal = torch.special.ndtri(c)
+        u = torch.where(self.two_sided, normal, linear)
         volume = torch.where(
-            self.two_sided, -c.log() - torch.log1p(-c), (self.high - self.low).log().expand_as(c)
+            self.two_sided,
+            0.5 * (normal.square() + math.log(2 * math.pi)),
+            (self.high - self.low).log().expand_as(c),
         )
         return u, volume.sum(-1)
 

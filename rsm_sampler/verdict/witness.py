@@ -351,8 +351,8 @@ class _Search:
             scale = torch.where(scale > 0, scale, torch.full_like(scale, self.scale))
         else:
             middle, scale = self.centre, torch.full_like(self.centre, self.scale)
-        # The uniform law on a box has a standard deviation of 1.8 in logit coordinates.
-        scale = torch.where(self.landscape.two_sided, scale.clamp(min=2.0), 1.5 * scale)
+        # The uniform law on a box has a standard deviation of 1 in unbounded coordinates.
+        scale = torch.where(self.landscape.two_sided, scale.clamp(min=1.2), 1.5 * scale)
         return StudentT(middle, scale.diag())
 
     def population(self, broad: StudentT, evaluations: int) -> Tensor:
