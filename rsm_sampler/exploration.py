@@ -288,6 +288,12 @@ def exploration_of(
     elif located < _LEAST_STARTS:
         verdict = "cannot tell"
         reasons.append(f"only {located} of {record['starts']} independent starts ended in a basin")
+    elif record["unexamined"]:
+        verdict = "cannot tell"
+        reasons.append(
+            "many starts were alone in their basins, and too few further ones came to rest to tell "
+            "whether there are more basins"
+        )
     return Exploration(
         x=coordinates.forward(bank.points[0])[0],
         log_weight=bank.log_weight[0],

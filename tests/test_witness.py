@@ -263,7 +263,9 @@ def test_mass_in_the_corner_of_a_box_is_found():
         corner = 2 * math.log(1000.0) - 1000 * (1 - x.double()).sum(-1)
         return -torch.logaddexp(corner, torch.zeros_like(corner)).to(x) + math.log(2.0)
 
-    z = torch.special.ndtri(torch.rand(4000, 2, dtype=DOUBLE, generator=rng()))  # the uniform part alone
+    z = torch.special.ndtri(
+        torch.rand(4000, 2, dtype=DOUBLE, generator=rng())
+    )  # the uniform part alone
     witness, masses = find_witness(landscape(energy, 2, 0.0, 1.0), z, 65_536, rng(1))
     assert witness.conclusive
     assert abs(witness.log_z) <= 5 * witness.log_z_se

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from rsm_sampler.bank.bank import Bank
 from rsm_sampler.bank.ledger import Ledger
+from rsm_sampler.bank.missing import left_out
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.pool import Pool
 from rsm_sampler.bank.sources import BankSource, BasinMixture, Kernels, Proposal, Scene
 from rsm_sampler.bank.starts import LINE, centre_minima, independent_starts, line_minima
-from rsm_sampler.montecarlo.densities import ScaleLadder, StudentT, weighted_moments
+from rsm_sampler.montecarlo.densities import Density, ScaleLadder, StudentT, weighted_moments
 from rsm_sampler.montecarlo.descents import descend
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, sequential_monte_carlo
 from rsm_sampler.montecarlo.weights import LogWeights
@@ -50,6 +51,8 @@ _STRETCHED = 2048  # draws of a law that is stretched to see whether the energy 
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
 _MORE = 4  # times as many starts, where some basins catch far fewer than others
+_PILOT = 8  # descents that tell what one costs: of more, those that the budget cuts short are lost
+_FRESH = 8  # starts that have to come to rest, where they examine a bank
 _STEPS = 200  # downhill
 _PIECE = 32_768  # draws of a bank at a time
 
@@ -65,6 +68,7 @@ class Found:
         surveyed: Number of points drawn at all scales, or over the box.
         region: What was searched, in words.
         reasons: Why proposals were turned down.
+        unexamined: Whether there may be more basins, and too few fresh starts came to rest to tell.
     """
 
     bank: Bank
@@ -73,6 +77,7 @@ class Found:
     surveyed: int
     region: str
     reasons: list[str]
+    unexamined: bool = False
 
     def record(self, coordinates: Coordinates) -> dict[str, Any]:
         """The same in plain values, places in the user's coordinates.
@@ -88,6 +93,7 @@ class Found:
             "starts": ledger.starts,
             "lost": ledger.lost,
             "crowded": ledger.crowded,
+            "unexamined": self.unexamined,
             "basins": [
                 {
                     "x": coordinates.forward(basin.x[None])[0][0].tolist(),
@@ -152,6 +158,8 @@ class _Explorer:
         self.pool = Pool()
         self.ledger = Ledger(problem, limit=self.meter.evaluations + plan.evaluations)
         self.paths: list[tuple[Tensor, Tensor]] = []
+        self.each = 0  # evaluations of a descent from an independent start
+        self.unexamined = False
         self.begun = self.meter.evaluations
         like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
         loc = torch.zeros(problem.dim, **like) if centre is None else centre.to(**like)
@@ -198,7 +206,7 @@ class _Explorer:
             if best is None or chosen is None or (reasons and self.late):
                 break
             if best.share >= plan.least:
-                bank = self._bank(best, reasons)
+                bank = self._bank(best, scene, reasons)
             else:
                 reasons.append(
                     f"{best.share:.1%} of the draws of the {best.source} were effective"
@@ -217,7 +225,9 @@ class _Explorer:
             self._look_for_flat()
             bank = self._chains()
         self._masses(bank)
-        return Found(bank, self.ledger, best, self.surveyed, self._region(), reasons)
+        return Found(
+            bank, self.ledger, best, self.surveyed, self._region(), reasons, self.unexamined
+        )
 
     def _best(
         self, sources: Sequence[BankSource], scene: Scene, cost: int | None
@@ -391,7 +401,8 @@ class _Explorer:
         most = int(plan.descents * plan.evaluations)
         if most < 20 * self.problem.dim:  # not one basin could be looked at
             return
-        self._descend(scene, plan.batch, most)
+        self._descend(scene, _PILOT, most)
+        self._descend(scene, max(1, plan.batch - _PILOT), most - (self.spent - before))
         if not self.ledger.crowded:
             each = int(plan.scans * plan.evaluations) // 2
             start = centre_minima(self.problem, self.ladder, each, self.generator)
@@ -419,13 +430,17 @@ class _Explorer:
         """Follow descents to the ledger; whether there was budget for it."""
         width, problem = scene.width, self.problem
         cost = problem.slope_cost(self.pool.x[self.pool.energy.argmin()].expand(2, -1))
-        start = start[: max(0, most // (8 * cost))]
+        each = max(8 * cost, self.each if independent else 0)  # a start that is cut short is lost
+        start = start[: max(0, most // each)]
         if len(start) < 1:
             return False
+        before = self.spent
         ends = descend(
             lambda u: problem.value_and_slope(u, width),
             start, width, steps=_STEPS, cost=cost, evaluations=most,
         )  # fmt: skip
+        if independent:
+            self.each = max(self.each, 3 * (self.spent - before) // (2 * len(start)))
         self.paths.append((ends.path, ends.path_energy))
         rested = ends.rested
         self.ledger.add(ends.x[rested], ends.energy[rested], width, independent=independent)
@@ -462,7 +477,7 @@ class _Explorer:
 
     # ---------------------------------------------------------------- the bank
 
-    def _bank(self, proposal: Proposal, reasons: list[str]) -> Bank | None:
+    def _bank(self, proposal: Proposal, scene: Scene, reasons: list[str]) -> Bank | None:
         """Draws until they are worth enough, judged by their own weights."""
         plan, law = self.plan, proposal.law
         x, energy = [], []
@@ -499,11 +514,40 @@ class _Explorer:
                 f"the bank was worth {weights.share():.1%} of its points, with a weight tail of "
                 f"Pareto shape {shape:.2f}"
             )
+            missing: str | None = reasons[-1]
+        else:
+            missing = self._missing(pool.law, weights, scene)
+            reasons += [missing] if missing is not None else []
+        if missing is not None:
             if x:  # what it met is for the next proposal to learn from
                 self.pool.add(law, torch.cat(x), torch.cat(energy))
             return None
         self.meter.check(self.problem.coordinates.forward(pool.x[-1024:])[0])
         return Bank.of_draws(pool.x[None], weights.value[None], None, pool.law)
+
+    def _missing(self, law: Density, weights: LogWeights, scene: Scene) -> str | None:
+        """What of the basins is not in a bank; after fresh starts, where there may be more."""
+        plan, ledger = self.plan, self.ledger
+        basins, fresh = list(ledger.basins), [False] * len(ledger.basins)
+        most = min(
+            int(plan.descents * plan.evaluations) // 4, plan.total - self.spent - self._reserve
+        )
+        if ledger.alone > plan.alone * ledger.starts and not self.late:
+            later = Ledger(self.problem, limit=self.meter.evaluations + max(0, most))
+            self.ledger = later  # what is known must not be full for them
+            with contextlib.suppress(BudgetExceededError):
+                self._descend(scene, plan.batch // 2, most)
+            self.ledger = ledger
+            self.unexamined = later.starts - later.lost < _FRESH
+            basins += later.basins
+            fresh += [True] * len(later.basins)
+            ledger.join(later)
+        with contextlib.suppress(BudgetExceededError):
+            return left_out(
+                self.problem, basins, fresh, law, weights.value.numel(),
+                float(weights.log_mean()), plan, self.pool, self.generator,
+            )  # fmt: skip
+        return None
 
     @property
     def _reserve(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsm_sampler.target.gradients import difference_hessian
 from rsm_sampler.target.problem import Problem
 
 __all__ = ["Basin", "Ledger"]
@@ -148,10 +149,31 @@ class Ledger:
             self.starts += len(x)
         return len(self.basins) - before
 
+    def join(self, other: "Ledger") -> None:
+        """Enter what another ledger of the same problem has, as far as there is room.
+
+        Arguments:
+            other: The other one.
+        """
+        self.starts += other.starts
+        self.lost += other.lost
+        for basin in other.basins:
+            x, energy = basin.x[None], torch.full_like(basin.x[:1], basin.energy)
+            for known in self.basins:
+                if not len(self._taken(known, x, energy, torch.zeros(1, dtype=torch.long), None)):
+                    known.starts += basin.starts
+                    known.others += basin.others
+                    break
+            else:
+                if len(self.basins) < _MOST:
+                    self.basins.append(basin)
+                else:
+                    self.full = True
+
     def _taken(
-        self, basin: Basin, x: Tensor, energy: Tensor, free: Tensor, independent: bool
+        self, basin: Basin, x: Tensor, energy: Tensor, free: Tensor, independent: bool | None
     ) -> Tensor:
-        """What is left of the free ends when a basin has taken its own."""
+        """What is left of the free ends when a basin has taken its own; None counts none."""
         if len(free) == 0:
             return free
         z = torch.linalg.solve(basin.factor, (x[free] - basin.x).mT).mT
@@ -162,18 +184,17 @@ class Ledger:
             lowest = free[same][energy[free[same]].argmin()]
             if float(energy[lowest]) < basin.energy:
                 basin.x, basin.energy = x[lowest].clone(), float(energy[lowest])
-        if independent:
-            basin.starts += int(same.sum())
-        else:
-            basin.others += int(same.sum())
+        basin.starts += int(same.sum()) if independent is True else 0
+        basin.others += int(same.sum()) if independent is False else 0
         return free[~same]
 
     def _beyond(self, x: Tensor) -> bool:
         """Whether looking at one more basin would go beyond the limit."""
         if self.limit is None:
             return False
-        cost = self.problem.slope_cost(x.expand(2, -1))
-        most = (4 * self.problem.dim + _NEWTON) * cost + _NEWTON
+        most = 2 * self.curvature_cost(x) + _NEWTON * (
+            1 + self.problem.slope_cost(x.expand(2, -1))
+        )
         return self.problem.energy.evaluations + most > self.limit
 
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
@@ -199,6 +220,17 @@ class Ledger:
             return Basin(x, energy, factor)
         return None if lowest < -1 else Basin(x, energy, wider)
 
+    def curvature_cost(self, x: Float[Tensor, " dim"]) -> int:
+        """Evaluations of a curvature.
+
+        Arguments:
+            x: A point of finite energy.
+        """
+        dim = self.problem.dim
+        if self.problem.slope_by(x.expand(2, -1)) == "autograd":
+            return 4 * dim
+        return dim * (dim + 3) + 1
+
     def factor(
         self, x: Float[Tensor, " dim"], width: Float[Tensor, " dim"]
     ) -> Float[Tensor, "dim dim"]:
@@ -220,13 +252,20 @@ class Ledger:
         falls, the curvature says nothing. The lowest curvature comes with it, in units of the
         one of that width, and the ends that lie more than a nat below an energy.
         """
-        steps = axes.mT
+        problem, steps = self.problem, axes.mT
         ends = torch.cat([x + steps, x - steps])
-        value, slope = self.problem.value_and_slope(ends, width)
-        ahead, behind = slope.view(2, *steps.shape)
-        known = value.isfinite().view(2, -1).all(0)
         # Rows: change of the slope along each axis; in units of the axes.
-        hessian = 0.5 * (ahead - behind) @ axes
+        if problem.slope_by(ends) == "autograd":
+            value, slope = problem.value_and_slope(ends, width)
+            ahead, behind = slope.view(2, *steps.shape)
+            hessian = 0.5 * (ahead - behind) @ axes
+        else:  # differences of values are fewer than those of differences
+            value, one = problem.potential(ends), torch.ones_like(x)
+            origin = torch.zeros_like(x)[None]
+            hessian = difference_hessian(
+                lambda c: problem.potential(x + c @ steps), origin, step=one[None]
+            )[0]
+        known = value.isfinite().view(2, -1).all(0)
         hessian = torch.where(known[:, None] & known, hessian, 0.0)
         hessian = 0.5 * (hessian + hessian.mT)
         # In units of the axes: there it is about the identity, and no digits are lost.

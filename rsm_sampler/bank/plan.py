@@ -39,6 +39,10 @@ class Plan:
             errors of its averages are not to be relied on, and chains take its place.
         tail: Pareto shape of its weights, at most, unless
         unseen: no more than this share of the total lies beyond the largest weight, by that law.
+        basin: Share of the target that a basin has which must be in the bank.
+        alone: Share of starts that are alone in their basins, beyond which fresh starts examine
+            the bank: it estimates the chance that one more finds another basin.
+        unmet: Estimated mass of basins that no start has met, over that of the bank, at most.
         waves: Times that a proposal is adapted anew because its bank did not pass, and once.
         wave: Evaluations of exploration that each of these adds.
         bank: Points of the bank.
@@ -66,6 +70,9 @@ class Plan:
     least: float = 0.1
     tail: float = 0.7
     unseen: float = 0.01
+    basin: float = 0.005
+    alone: float = 0.05
+    unmet: float = 0.1
     waves: int
     wave: int
     bank: int

@@ -273,11 +273,13 @@ class BasinMixture:
         """Components at points that carry far too much of the weight: the law misses them."""
         weight = weights.normalised()
         heavy = (weight > _HEAVY).nonzero()[:, 0]
-        cost = 4 * scene.problem.dim * scene.problem.slope_cost(scene.pool.x[-2:])
+        if len(heavy) == 0:
+            return None
+        cost = 2 * scene.ledger.curvature_cost(scene.pool.x[int(heavy[0])])
         most = min(_HEAVIEST, max(0, scene.left) // (4 * cost))
         heavy = heavy[weight[heavy].argsort(descending=True)][:most]
         room = 2 * scene.plan.components - len(mixture.loc)
-        if len(heavy) == 0 or room < len(heavy):
+        if not 0 < len(heavy) <= room:
             return None
         return self._curved(scene, scene.pool.x[heavy])
 
@@ -287,7 +289,7 @@ class BasinMixture:
             return None
         x = torch.cat([points for points, _ in scene.paths])
         energy = torch.cat([energies for _, energies in scene.paths])
-        cost = 4 * scene.problem.dim * scene.problem.slope_cost(x)
+        cost = 2 * scene.ledger.curvature_cost(x[int(energy.argmin())])
         number = min(_ON_PATHS, scene.left // (4 * cost))
         low = (energy <= energy.quantile(0.9)).nonzero()[:, 0] if len(x) else energy.long()
         if number < 8 or len(low) < number:

@@ -407,7 +407,8 @@ class Joint:
             numbers.append(until - done)
             done = until
         pairs = zip(self.laws, numbers, strict=True)
-        return torch.cat([law.sample(number, generator) for law, number in pairs if number])
+        parts = [law.sample(number, generator) for law, number in pairs if number]
+        return torch.cat(parts) if parts else self.laws[0].sample(0, generator)
 
     def log_prob(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
         """Log-density."""

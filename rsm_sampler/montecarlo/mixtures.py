@@ -6,10 +6,22 @@ Expectation and maximisation over points :math:`x_i` of weights :math:`w_i` (sum
 .. math:: a_k = \sum_i r_{ik}, \quad m_k = \sum_i r_{ik} x_i / a_k, \quad
     S_k = \sum_i r_{ik} (x_i - m_k)(x_i - m_k)^\top / a_k.
 
-What few points say is mixed with what the component was before, with trust
-:math:`n_k / (n_k + 2 d)` in :math:`n_k = a_k^2 / \sum_i r_{ik}^2` effective points.
+What few points say is mixed with what the component was before. From
+:math:`n_k = a_k^2 / \sum_i r_{ik}^2` effective points the means and covariances of a component with
+shape matrix :math:`L L^\top` have expected squared errors of about
+
+.. math:: \frac{\operatorname{tr} C_k}{n_k}, \qquad
+    \frac{\operatorname{tr} C_k^2 + (\operatorname{tr} C_k)^2}{n_k}, \qquad
+    C_k = L^{-1} S_k L^{-\top},
+
+and the trust in either is the share of its squared distance to the former value that this does not
+explain: one minus the ratio, at least 0. Trust in a covariance is at most
+:math:`n_k / (n_k + 2 d)`, for it may be singular.
 
 References:
+    | A well-conditioned estimator for large-dimensional covariance matrices (Ledoit and Wolf, 2004)
+    | https://doi.org/10.1016/S0047-259X(03)00096-4
+
     | Adaptive importance sampling in general mixture classes (Cappé et al., 2008)
     | https://doi.org/10.1007/s11222-008-9059-x
 """
@@ -82,12 +94,26 @@ def refitted(
             total = r.sum().clamp(min=1e-300)
             effective = total.square() / r.square().sum().clamp(min=1e-300)
             r = r / total
-            mean = torch.lerp(mixture.loc[k], r @ x[near], effective / (effective + 4))
-            gap = x[near] - mean
+            before = mixture.scale_tril[k]
+            z = torch.linalg.solve_triangular(
+                before, (x[near] - mixture.loc[k]).mT, upper=False
+            ).mT
+            shift = r @ z
+            gap = z - shift
             covariance = (r[:, None] * gap).mT @ gap
-            before = mixture.scale_tril[k] @ mixture.scale_tril[k].mT
-            loc.append(mean)
-            tril.append(torch.lerp(before, covariance, effective / (effective + 2 * dim)))
+            trace = covariance.trace()
+            trust = _unexplained(trace / effective, shift.square().sum())
+            loc.append(mixture.loc[k] + before @ (trust * shift))
+            # About the mean that is taken.
+            rest = (1 - trust) * shift
+            covariance = covariance + rest[:, None] * rest
+            trace, square = covariance.trace(), covariance.square().sum()
+            identity = torch.eye(dim, dtype=x.dtype, device=x.device)
+            away = (covariance - identity).square().sum()
+            trust = _unexplained((square + trace.square()) / effective, away)
+            trust = trust.minimum(effective / (effective + 2 * dim))
+            shape = torch.lerp(identity, covariance, trust)
+            tril.append(before @ shape @ before.mT)
         share = share[kept].clamp(min=_LEAST_SHARE / len(kept))
         mixture = Mixture(
             share / share.sum(),
@@ -98,6 +124,11 @@ def refitted(
             share=mixture.share,
         )
     return mixture
+
+
+def _unexplained(error: Tensor, square: Tensor) -> Tensor:
+    """Share of a squared distance that an expected squared error does not explain."""
+    return (1 - error / square.clamp(min=1e-300)).clamp(min=0.0)
 
 
 def split(mixture: Mixture, most: int, poor: Bool[Tensor, " parts"]) -> Mixture:

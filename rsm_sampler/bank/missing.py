@@ -1,0 +1,111 @@
+r"""What a bank leaves out although descents have met it.
+
+About a minimum m with a root A of the inverse curvature lie
+
+.. math:: k = n\, q(m)\, (2 \pi)^{d/2} |\det A|
+
+of n draws of a law q, and by Laplace's method the share
+:math:`s = e^{-E(m)} (2 \pi)^{d/2} |\det A| / Z` of the target. Where k is small, draws of a
+Student-t law t there measure the mass that the law q cannot represent,
+
+.. math:: \int \Bigl(\frac{e^{-E(x)}}Z - r\, q(x)\Bigr)_+ dx, \qquad r = n\, s_0 / k_0,
+
+since of a share :math:`s_0` there are fewer than :math:`k_0` draws where :math:`p > r q`.
+
+Where many starts were alone in their basins there are more basins than were met. With
+:math:`f_1` basins that one start met and :math:`f_2` that two did, at least about
+:math:`f_1 (f_1 - 1) / (2 (f_2 + 1))` are unmet; fresh starts tell what mass such a basin has that is
+not in the bank.
+
+References:
+    | Nonparametric estimation of the number of classes in a population (Chao, 1984)
+    | https://www.jstor.org/stable/4615964
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rsm_sampler.bank.ledger import Basin
+from rsm_sampler.bank.plan import Plan
+from rsm_sampler.bank.pool import Pool
+from rsm_sampler.montecarlo.densities import Density, Mixture
+from rsm_sampler.montecarlo.mixtures import lower_root
+from rsm_sampler.target.problem import Problem
+
+__all__ = ["left_out"]
+
+_FEW = 10.0  # draws in a basin that represent it
+_MEASURED, _DRAWS = 16, 64  # basins that are measured at a time, and draws of each
+_NEGLIGIBLE = 1e-6  # of the target, by Laplace's method: such basins are left alone
+_SURE = 3.0  # standard errors
+
+
+def left_out(
+    problem: Problem,
+    basins: Sequence[Basin],
+    fresh: Sequence[bool],
+    law: Density,
+    n: int,
+    log_z: float,
+    plan: Plan,
+    pool: Pool,
+    generator: torch.Generator,
+) -> str | None:
+    """Say what a bank lacks, if it lacks something.
+
+    Arguments:
+        problem: The problem.
+        basins: All basins seen.
+        fresh: Which of them starts have met since the law was made.
+        law: The law of the bank.
+        n: Number of its draws.
+        log_z: Estimate of log Z from them.
+        plan: Thresholds.
+        pool: Receives the draws that measure basins.
+        generator: Source of randomness.
+
+    Returns:
+        A reason to turn the bank down, or None.
+    """
+    if not basins:
+        return None
+    dim = problem.dim
+    loc = torch.stack([basin.x for basin in basins])
+    tril = torch.stack([lower_root(basin.factor) for basin in basins])
+    energy = loc.new_tensor([basin.energy for basin in basins])
+    volume = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * dim * math.log(2 * math.pi)
+    share = (volume - energy - log_z).clamp(max=0.0).exp()
+    draws = n * (law.log_prob(loc) + volume).exp()
+    thin = (draws < _FEW) & (share > _NEGLIGIBLE)
+    thin = thin.nonzero()[:, 0]
+    thin = thin[share[thin].argsort(descending=True)][:_MEASURED]
+    missing = torch.where(draws < 1, share, 0.0)
+    error = torch.zeros_like(missing)
+    if len(thin):
+        weight = torch.full_like(share[thin], 1 / len(thin))
+        about = Mixture(weight, loc[thin], tril[thin], law, float(max(5, 4 * dim)), share=0.0)
+        x = about.sample(_DRAWS * len(thin), generator)
+        value = problem.potential(x)
+        pool.add(about, x, value)
+        log_t, terms = about.log_probs(x)
+        ratio = n * plan.basin / _FEW
+        excess = (-value - log_z - log_t).exp() - ratio * (law.log_prob(x) - log_t).exp()
+        each = (terms - log_t[:, None]).exp() * excess.clamp(min=0.0)[:, None]
+        missing[thin] = each.mean(0)
+        error[thin] = each.std(0) / math.sqrt(len(x))
+        sure = missing - _SURE * error
+        if bool((sure > plan.basin).any()):
+            worst = int(sure.argmax())
+            return f"a basin with {float(missing[worst]):.1%} of the mass was not among the draws"
+    once, twice = (sum(basin.starts == k for basin in basins) for k in (1, 2))
+    unmet = once * (once - 1) / (2 * (twice + 1))
+    of_fresh = float(missing[torch.tensor(fresh)].mean()) if any(fresh) else 0.0
+    if unmet * of_fresh > plan.unmet:
+        return (
+            f"some {unmet:.0f} basins were met by no start; by those of {sum(fresh)} further "
+            f"starts they have {unmet * of_fresh:.0%} of the mass of the draws"
+        )
+    return None
