@@ -26,6 +26,7 @@ from rsm_sampler.target.coordinates import Coordinates, bounds_of
 from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.target.gradients import GradientMethod
 from rsm_sampler.target.problem import Problem
+from rsm_sampler.verdict.coverage import Coverage
 
 __all__ = ["Basin", "Exploration", "explore"]
 
@@ -70,8 +71,7 @@ class Exploration:
         counts: The same by purpose.
         method: ``"mixture"``, ``"kernels"`` or another source of independent draws, or
             ``"chains"``.
-        region: What was searched.
-        starts: Independent starts whose descents ended in a basin.
+        coverage: What was searched, and what could still be missing.
         verdict: ``"trustworthy"``, ``"not trustworthy"`` or ``"cannot tell"``.
         reasons: What speaks against the draws, or was turned down.
         seconds: Time it took.
@@ -86,26 +86,10 @@ class Exploration:
     evaluations: int
     counts: dict[str, int]
     method: str
-    region: str
-    starts: int
+    coverage: Coverage
     verdict: str
     reasons: tuple[str, ...]
     seconds: float
-
-    @property
-    def excluded(self) -> float:
-        """Largest share of starts that a basin in which none ended can have, with 95 %."""
-        return 1.0 if self.starts < 1 else 1 - 0.05 ** (1 / self.starts)
-
-    @property
-    def coverage(self) -> str:
-        """What was looked at, and what could still be missing, in a sentence to quote."""
-        return (
-            f"Searched {self.region}: {self.starts} independent starts ended in "
-            f"{len(self.basins)} basins. A basin that catches more than {self.excluded:.1%} of "
-            "such starts would have been seen with 95 % confidence; a mode without a basin, or "
-            "one that catches fewer, may be missing."
-        )
 
     @checked
     def resample(
@@ -291,8 +275,8 @@ def exploration_of(
     elif record["unexamined"]:
         verdict = "cannot tell"
         reasons.append(
-            "many starts were alone in their basins, and too few further ones came to rest to tell "
-            "whether there are more basins"
+            "many starts were alone in their basins, and too few further ones came to rest to "
+            "tell whether there are more basins"
         )
     return Exploration(
         x=coordinates.forward(bank.points[0])[0],
@@ -304,8 +288,16 @@ def exploration_of(
         evaluations=meter.evaluations,
         counts=dict(meter.counts),
         method=record["source"],
-        region=record["region"],
-        starts=located,
+        coverage=Coverage(
+            record["region"],
+            record["starts"],
+            record["lost"],
+            len(basins),
+            record["points"],
+            record["density"],
+            record["spread"],
+            coordinates.dim,
+        ),
         verdict=verdict,
         reasons=tuple(reasons),
         seconds=seconds,

@@ -441,8 +441,8 @@ def test_a_hint_of_centre_and_scale_reaches_beyond_the_survey():
     found = explore(target.energy, 2, centre=[1e7, 1e7], scale=3.0, **options)
     assert abs(found.log_z) <= 5 * found.log_z_se
     assert found.evaluations < 15_000
-    assert "the given centre" in found.region
-    assert "the origin" in explore(lopsided().energy, 2, **options).region
+    assert "the given centre" in found.coverage.region
+    assert "the origin" in explore(lopsided().energy, 2, **options).coverage.region
 
 
 def test_points_reach_the_energy_in_double_precision():
@@ -712,7 +712,7 @@ def test_slow_energies_are_not_called_beyond_a_scale():
 
     found = explore(energy, 2, ess=1000, progress=False)
     assert len(slow) <= 3
-    assert "1e+05" not in found.region
+    assert "1e+05" not in found.coverage.region
     assert abs(found.log_z - math.log(2 * math.pi)) <= 5 * found.log_z_se
 
 
@@ -742,9 +742,9 @@ def test_reports_say_what_was_looked_at():
     text = str(found)
     for part in ("verdict      trustworthy", "log Z", "basins       3", "coverage", "95 % conf"):
         assert part in text
-    assert found.starts >= 128
-    assert found.excluded == pytest.approx(1 - 0.05 ** (1 / found.starts))
-    assert (1 - found.excluded) ** found.starts == pytest.approx(0.05)
+    assert found.coverage.starts >= 128
+    assert found.coverage.excluded == pytest.approx(1 - 0.05 ** (1 / found.coverage.starts))
+    assert (1 - found.coverage.excluded) ** found.coverage.starts == pytest.approx(0.05)
     x = found.resample(3000, generator=rng())
     assert x.shape == (3000, 2)
     share = lopsided().responsibilities(x).mean(0)

@@ -90,7 +90,7 @@ def coverage_record(case: Case, answer: Any) -> Record:
     if coverage is None:
         return {}
     record: Record = {"coverage": str(coverage)}
-    excluded = getattr(coverage, "excluded", getattr(answer, "excluded", None))
+    excluded = getattr(coverage, "excluded", None)
     if excluded is not None:
         record["excluded"] = float(excluded)
     if case.hidden is not None:
@@ -147,7 +147,7 @@ def explored(case: Case, seed: int, **options: Any) -> Record:
         "basins": len(result.basins),
         "verdict": str(result.verdict),
         "reasons": list(getattr(result, "reasons", ())),
-        "starts": getattr(result, "starts", None),
+        "starts": result.coverage.starts - result.coverage.unknown,
     }
     record.update(case.score(result.x.detach(), result.log_weight.detach()))
     record.update(coverage_record(case, result))

@@ -54,6 +54,7 @@ _MORE = 4  # times as many starts, where some basins catch far fewer than others
 _PILOT = 8  # descents that tell what one costs: of more, those that the budget cuts short are lost
 _FRESH = 8  # starts that have to come to rest, where they examine a bank
 _STEPS = 200  # downhill
+_FAR = 10.0  # times as far from its middle as the rim of the target: there modes may lie, too
 _PIECE = 32_768  # draws of a bank at a time
 
 
@@ -65,16 +66,22 @@ class Found:
         bank: The weighted points.
         ledger: The basins seen.
         proposal: The law of the bank, None for chains.
-        surveyed: Number of points drawn at all scales, or over the box.
+        points: Number of independent points with a density at which the energy was evaluated.
+        density: Log-density of these points ten times as far out as the rim of the target.
+        spread: Width of the target there: the geometric mean over directions. Both in the user's
+            coordinates over a box, else in unbounded ones.
         region: What was searched, in words.
         reasons: Why proposals were turned down.
-        unexamined: Whether there may be more basins, and too few fresh starts came to rest to tell.
+        unexamined: Whether there may be more basins, and too few fresh starts came to rest to
+            tell.
     """
 
     bank: Bank
     ledger: Ledger
     proposal: Proposal | None
-    surveyed: int
+    points: int
+    density: float
+    spread: float
     region: str
     reasons: list[str]
     unexamined: bool = False
@@ -89,7 +96,9 @@ class Found:
         return {
             "source": "chains" if self.proposal is None else self.proposal.source,
             "region": self.region,
-            "surveyed": self.surveyed,
+            "points": self.points,
+            "density": self.density,
+            "spread": self.spread,
             "starts": ledger.starts,
             "lost": ledger.lost,
             "crowded": ledger.crowded,
@@ -226,8 +235,9 @@ class _Explorer:
             bank = self._chains()
         self._masses(bank)
         return Found(
-            bank, self.ledger, best, self.surveyed, self._region(), reasons, self.unexamined
-        )
+            bank, self.ledger, best, *self._resolution(bank), self._region(), reasons,
+            self.unexamined,
+        )  # fmt: skip
 
     def _best(
         self, sources: Sequence[BankSource], scene: Scene, cost: int | None
@@ -448,6 +458,14 @@ class _Explorer:
             lost = int((~rested).sum())
             self.ledger.starts += lost
             self.ledger.lost += lost
+        saddles, self.ledger.saddles = self.ledger.saddles, []
+        if saddles:
+            aside = torch.stack(saddles)
+            if independent and not (
+                follow and self._entered(scene, aside, most, independent=True, follow=False)
+            ):
+                self.ledger.starts += len(saddles)
+                self.ledger.lost += len(saddles)
         leads, self.ledger.leads = self.ledger.leads, []
         if leads and follow:
             self._entered(
@@ -594,12 +612,33 @@ class _Explorer:
             basin.mass = mass
             basin.mass_se = math.sqrt(max(mass * (1 - mass), 1e-12) / max(1.0, effective))
 
+    def _resolution(self, bank: Bank) -> tuple[int, float, float]:
+        """Points with a density, its logarithm far out, and the target's width.
+
+        These are the survey and the starts of its law.
+        """
+        dim, coordinates = self.problem.dim, self.problem.coordinates
+        spread = float(bank.scale_tril.diagonal().log().mean().exp())
+        points, starts = self.surveyed, self.ledger.starts
+        if self.ladder.boxed and isinstance(coordinates, Bounds):
+            spread *= math.exp(float(coordinates.forward(bank.loc[None])[1]) / dim)
+            return (
+                points + starts,
+                -float((coordinates.high - coordinates.low).log().sum()),
+                spread,
+            )
+        axes = _FAR * math.sqrt(self.problem.dim) * bank.scale_tril.mT
+        rim = torch.cat([bank.loc + axes, bank.loc - axes])
+        points += starts // 2
+        number = points * float(self.ladder.log_prob(rim).exp().mean())
+        return points, math.log(max(number, 1e-300) / points), spread
+
     def _region(self) -> str:
         if self.ladder.boxed:
-            return "the box of the bounds, uniformly"
+            return "searched the box of the bounds, uniformly"
         low, high = float(self.ladder.scales[0]), float(self.ladder.scales[-1])
         where = "the given centre" if self.hinted else "the origin"
-        return f"scales from {low:.0e} to {high:.0e} about {where}"
+        return f"searched scales from {low:.0e} to {high:.0e} about {where}"
 
 
 def kinds_of(problem: Problem, device: torch.device) -> Tensor:

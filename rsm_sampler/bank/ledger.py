@@ -26,10 +26,11 @@ _SLACK = 1.0  # nats that a descent may have left
 _WIDEST = 4.0  # widths of a basin, in units of the broad law's
 _SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
 _NEWTON = 3
+_ASIDE = 0.05  # of the broad law's widths, from a saddle
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
 _RARE = 0.4  # of an equal share of the starts
 _MOST = 64  # basins with a curvature
-_ALONE = 0.4  # of 64 starts in as many equal basins, 37 % are alone
+_ALONE = 0.6  # of the starts: of 64 starts in as many equal basins 37 % are alone
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Ledger:
         starts: Independent starts of finite energy so far.
         lost: Of these, how many came to rest in no basin.
         leads: Points near a minimum that lie below it: a narrower basin is beside or within it.
+        saddles: Points beside saddles, from where ends that came to rest there go downhill. They
+            are not counted yet.
         full: Whether there are more basins than can be held: the minima form a continuum, or are
             too many to find.
     """
@@ -79,6 +82,7 @@ class Ledger:
         self.basins: list[Basin] = []
         self.starts = self.lost = 0
         self.leads: list[Tensor] = []
+        self.saddles: list[Tensor] = []
         self.full = False
 
     @property
@@ -120,7 +124,7 @@ class Ledger:
         Returns:
             How many new basins there are.
         """
-        before = len(self.basins)
+        before, beyond = len(self.basins), 0
         free = energy.argsort()
         for basin in self.basins:
             free = self._taken(basin, x, energy, free, independent)
@@ -134,8 +138,8 @@ class Ledger:
                 self.lost += int(independent) * len(free)
                 break
             new = self._basin(x[free[0]], float(energy[free[0]]), width)
-            if new is None:  # a saddle: nothing ends there for long
-                self.lost += int(independent)
+            if new is None:
+                beyond += 1
                 free = free[1:]
                 continue
             self.basins.append(new)
@@ -146,7 +150,7 @@ class Ledger:
                 new.others += 1
             free = self._taken(new, x, energy, free[1:], independent)
         if independent:
-            self.starts += len(x)
+            self.starts += len(x) - beyond
         return len(self.basins) - before
 
     def join(self, other: "Ledger") -> None:
@@ -200,8 +204,9 @@ class Ledger:
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
         """The basin of a point at rest, by Newton's method and the curvature; None at a saddle."""
         problem = self.problem
-        factor, lowest, _ = self._along(x, (_SMALL * width).diag(), width)
+        factor, lowest, _, aside = self._along(x, (_SMALL * width).diag(), width)
         if lowest < -1:
+            self._saddle(x, aside)
             return None
         for _ in range(_NEWTON):
             _, slope = problem.value_and_slope(x[None], width)
@@ -214,11 +219,18 @@ class Ledger:
             if not lower < energy:
                 break
             x, energy = trial, lower
-        wider, lowest, below = self._along(x, _STEP * factor, width, energy)
+        wider, lowest, below, aside = self._along(x, _STEP * factor, width, energy)
         if len(below):  # what lies beside it is no part of its shape
             self.leads.append(below)
             return Basin(x, energy, factor)
-        return None if lowest < -1 else Basin(x, energy, wider)
+        if lowest < -1:
+            self._saddle(x, aside)
+            return None
+        return Basin(x, energy, wider)
+
+    def _saddle(self, x: Tensor, aside: Tensor) -> None:
+        """Nothing stays at a saddle: to one side of it, then to the other."""
+        self.saddles.append(x + (-1) ** len(self.saddles) * aside)
 
     def curvature_cost(self, x: Float[Tensor, " dim"]) -> int:
         """Evaluations of a curvature.
@@ -245,12 +257,13 @@ class Ledger:
 
     def _along(
         self, x: Tensor, axes: Tensor, width: Tensor, energy: float = -torch.inf
-    ) -> tuple[Tensor, float, Tensor]:
+    ) -> tuple[Tensor, float, Tensor, Tensor]:
         """A root of the inverse curvature, from differences of slopes along the columns of axes.
 
         No direction is wider than a few widths of the broad law: where the energy is flat, or
         falls, the curvature says nothing. The lowest curvature comes with it, in units of the
-        one of that width, and the ends that lie more than a nat below an energy.
+        one of that width, the ends that lie more than a nat below an energy, and a step in the
+        direction of the lowest curvature.
         """
         problem, steps = self.problem, axes.mT
         ends = torch.cat([x + steps, x - steps])
@@ -277,4 +290,6 @@ class Ledger:
         left, size, _ = torch.linalg.svd(direction)  # of several, each of the widest
         below = ends[value < energy - _SLACK]
         factor = width[:, None] * (left * size.clamp(max=_WIDEST))
-        return factor, float(relative.amin()), below
+        lowest = int(relative.argmin())
+        lower = direction[:, lowest] / direction[:, lowest].norm().clamp(min=1e-300)
+        return factor, float(relative[lowest]), below, _ASIDE * width * lower

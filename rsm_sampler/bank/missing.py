@@ -14,8 +14,8 @@ since of a share :math:`s_0` there are fewer than :math:`k_0` draws where :math:
 
 Where many starts were alone in their basins there are more basins than were met. With
 :math:`f_1` basins that one start met and :math:`f_2` that two did, at least about
-:math:`f_1 (f_1 - 1) / (2 (f_2 + 1))` are unmet; fresh starts tell what mass such a basin has that is
-not in the bank.
+:math:`f_1 (f_1 - 1) / (2 (f_2 + 1))` are unmet; fresh starts tell what mass such a basin has that
+is not in the bank.
 
 References:
     | Nonparametric estimation of the number of classes in a population (Chao, 1984)
@@ -26,7 +26,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from rsm_sampler.bank.ledger import Basin
 from rsm_sampler.bank.plan import Plan

@@ -7,8 +7,8 @@ Expectation and maximisation over points :math:`x_i` of weights :math:`w_i` (sum
     S_k = \sum_i r_{ik} (x_i - m_k)(x_i - m_k)^\top / a_k.
 
 What few points say is mixed with what the component was before. From
-:math:`n_k = a_k^2 / \sum_i r_{ik}^2` effective points the means and covariances of a component with
-shape matrix :math:`L L^\top` have expected squared errors of about
+:math:`n_k = a_k^2 / \sum_i r_{ik}^2` effective points the means and covariances of a component
+with shape matrix :math:`L L^\top` have expected squared errors of about
 
 .. math:: \frac{\operatorname{tr} C_k}{n_k}, \qquad
     \frac{\operatorname{tr} C_k^2 + (\operatorname{tr} C_k)^2}{n_k}, \qquad
@@ -19,7 +19,8 @@ explain: one minus the ratio, at least 0. Trust in a covariance is at most
 :math:`n_k / (n_k + 2 d)`, for it may be singular.
 
 References:
-    | A well-conditioned estimator for large-dimensional covariance matrices (Ledoit and Wolf, 2004)
+    | A well-conditioned estimator for large-dimensional covariance matrices
+    | (Ledoit and Wolf, 2004)
     | https://doi.org/10.1016/S0047-259X(03)00096-4
 
     | Adaptive importance sampling in general mixture classes (Cappé et al., 2008)

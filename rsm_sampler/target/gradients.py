@@ -109,6 +109,7 @@ def autograd_value_and_gradient(
     transform: Callable[[Tensor], tuple[Tensor, Tensor]],
     z: Float[Tensor, "n dim"],
     *,
+    context: Float[Tensor, "n context_dim"] | None = None,
     purpose: str = "training",
     inside: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
     chunk: int = 4096,
@@ -119,6 +120,7 @@ def autograd_value_and_gradient(
         energy: The energy in the coordinates x; two evaluations a point.
         transform: From z to x and the log-determinants.
         z: Points.
+        context: Contexts of the points, if the energy takes one.
         purpose: The energy's account.
         inside: How points x come into the precision that the energy sees.
         chunk: Points at a time.
@@ -127,12 +129,14 @@ def autograd_value_and_gradient(
         EnergyError: If autograd cannot differentiate the energy.
     """
     values, pieces = [], []
-    for piece in z.split(chunk):
+    for i in range(0, len(z), chunk):
+        piece = z[i : i + chunk]
+        given = None if context is None else context[i : i + chunk]
         with torch.enable_grad():
             leaf = piece.detach().clone().requires_grad_()
             x, log_det = transform(leaf)
             x_in = inside(x.detach(), energy.dtype)
-            value, slope = energy.value_and_gradient(x_in, purpose=purpose)
+            value, slope = energy.value_and_gradient(x_in, given, purpose=purpose)
             pulled = (x * slope.to(x)).sum() - log_det.sum()
             pieces.append(torch.autograd.grad(pulled, leaf)[0])
             values.append(value.to(z) - log_det.detach())

@@ -20,7 +20,8 @@ Gaussian of width S in d dimensions, that is a ball of radius
 
 which is met with probability :math:`1 - (1 - q V_d r^d)^M`, :math:`V_d` the volume of the unit
 ball. :meth:`Coverage.width` solves this for the smallest s that is met with 95 %. The density q is
-that at the rim of the rest, :math:`S \sqrt d` from its middle. Lengths are those of the user's
+that at the rim of the rest, :math:`S \sqrt d` from its middle; for an exploration it is that ten
+times as far out. Lengths are those of the user's
 coordinates, or, if some but not all of these are bounded, of unbounded ones. This is an estimate,
 not a bound: where the rest is not a Gaussian, and closer to or farther from its middle, the radius
 and the density differ.
@@ -49,7 +50,7 @@ class Coverage:
         unknown: How many of them ended in basins whose mass was not estimated; normally 0.
         basins: Number of basins found, by these starts or otherwise.
         points: Number of independent points with a density at which the energy was evaluated.
-        density: Log-density of these points at the rim of the target.
+        density: Log-density of these points at the rim of the target, or farther out.
         spread: Width S of the target there: the geometric mean over directions.
         dim: Number of coordinates.
 

@@ -3,18 +3,16 @@
 Nothing of a sampler enters: neither its points, nor its affine map, nor its bank.
 """
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rsm_sampler.target.coordinates import Bounds, Coordinates
 from rsm_sampler.target.energy import EnergyError, MeteredEnergy
+from rsm_sampler.target.gradients import autograd_value_and_gradient
+from rsm_sampler.target.problem import Problem
 
 __all__ = ["Landscape"]
-
-_CHUNK = 16_384  # points at a time: bounds the memory that an energy needs
 
 
 class Landscape:
@@ -43,6 +41,7 @@ class Landscape:
         device: torch.device | None = None,
     ) -> None:
         self.energy, self.coordinates, self.purpose = energy, coordinates, purpose
+        self._problem = Problem(energy, coordinates)
         self.device = torch.device("cpu") if device is None else device
         self.context = context
         self.dim = coordinates.reduced
@@ -64,13 +63,9 @@ class Landscape:
         Arguments:
             u: Points.
         """
-        pieces = [self._value(piece) for piece in u.split(_CHUNK)]
-        return torch.cat(pieces) if pieces else u.new_zeros(0)
-
-    def _value(self, u: Tensor) -> Tensor:
-        x, log_det = self.coordinates.forward(u)
-        value = self.energy(self._points(x), self._contexts(len(u)), purpose=self.purpose)
-        return (value.double() - log_det).nan_to_num(math.inf, math.inf, math.inf)
+        if len(u) == 0:
+            return u.new_zeros(0)
+        return self._problem.potential(u, self._contexts(len(u)), purpose=self.purpose)
 
     def slope_cost(self) -> int:
         """Evaluations that a value with its gradient costs."""
@@ -92,8 +87,7 @@ class Landscape:
         if self.differentiable is None:
             self._try(u)
         if self.differentiable:
-            pieces = [self._by_autograd(piece) for piece in u.split(_CHUNK)]
-            return torch.cat([v for v, _ in pieces]), torch.cat([s for _, s in pieces])
+            return self._by_autograd(u)
         n, dim = u.shape
         offsets = step[:, None] * torch.eye(dim, dtype=u.dtype, device=u.device)
         around = torch.cat([u[:, None], u[:, None] + offsets, u[:, None] - offsets], 1)
@@ -111,20 +105,12 @@ class Landscape:
             self.differentiable = True
 
     def _by_autograd(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = u.detach().clone().requires_grad_()
-            x, log_det = self.coordinates.forward(leaf)
-            value, slope = self.energy.value_and_gradient(
-                self._points(x.detach()), self._contexts(len(u)), purpose=self.purpose
-            )
-            pulled = (x * slope.to(x)).sum() - log_det.sum()
-            (gradient,) = torch.autograd.grad(pulled, leaf)
-        value = (value.double() - log_det.detach()).nan_to_num(math.inf, math.inf, math.inf)
+        value, gradient = autograd_value_and_gradient(
+            self.energy, self.coordinates.forward, u, context=self._contexts(len(u)),
+            purpose=self.purpose, inside=self.coordinates.inside,
+        )  # fmt: skip
         gradient = torch.where(value.isfinite()[:, None], gradient, 0.0)
         return value, gradient.nan_to_num(0.0, 0.0, 0.0)
-
-    def _points(self, x: Tensor) -> Tensor:
-        return self.coordinates.inside(x, self.energy.dtype)
 
     def _contexts(self, n: int) -> Tensor | None:
         if self.context is None:

@@ -44,6 +44,7 @@ from rsm_sampler.montecarlo.weights import (
     pareto_shape,
     stratified_indices,
 )
+from rsm_sampler.target.coordinates import Bounds
 from rsm_sampler.verdict.coverage import Coverage
 from rsm_sampler.verdict.descents import LADDER, Basin, Ledger, find_basins
 from rsm_sampler.verdict.landscape import Landscape
@@ -543,15 +544,15 @@ class _Search:
         spread = float(tril.diagonal().log().mean().exp())
         starts, points, density = self.starts, 0, -math.inf
         low, high = (f"10^{power:.0f}" for power in LADDER)
-        if bool(two_sided.all()):
+        box = self.landscape.coordinates
+        if isinstance(box, Bounds) and bool(two_sided.all()):
             region = (
                 "searched the box, half of the starts uniformly, half from its corners inwards"
             )
-            jacobian = self.landscape.coordinates.forward(loc[None])[1]
+            jacobian = box.forward(loc[None])[1]
             # Widths of the target and the volume of the box, both in the user's coordinates.
             spread *= math.exp(float(jacobian) / dim)
-            edge = self.landscape.coordinates.forward(torch.zeros_like(loc)[None])[1]
-            density = -(float(edge) + dim * math.log(4.0))
+            density = -float((box.high - box.low).log().sum())
             points = (self.points + starts) // 2
         else:
             region = f"searched scales {low} to {high}" + (
