@@ -117,8 +117,11 @@ def _check_sites(
 ) -> None:
     """Refuse models whose energy is no function of continuous coordinates alone."""
     from numpyro import handlers
+    from numpyro.infer import init_to_uniform
 
-    sites = handlers.trace(handlers.seed(model, seed)).get_trace(*arguments, **options)
+    # Values as NumPyro starts its chains with: an improper prior has no draws.
+    started = handlers.substitute(handlers.seed(model, seed), substitute_fn=init_to_uniform)
+    sites = handlers.trace(started).get_trace(*arguments, **options)
     for name, site in sites.items():
         if site["type"] == "param":
             raise ValueError(

@@ -166,3 +166,15 @@ def optimised():
 def test_models_without_one_continuous_law_are_refused(model, arguments, kind, message):
     with pytest.raises(kind, match=message):
         energies.from_numpyro(model, *arguments)
+
+
+def improper(y):
+    a = numpyro.sample("a", dist.ImproperUniform(dist.constraints.positive, (), ()))
+    numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def test_improper_priors_have_density_one():
+    """At u = 0, a = 1: two normal terms, and no volume of the exponential."""
+    energy = energies.from_numpyro(improper, np.array([1.0, 2.0]))
+    expected = 0.5 + math.log(2 * math.pi)
+    assert float(energy(torch.zeros(1, 1, dtype=torch.float64))) == pytest.approx(expected)

@@ -122,6 +122,37 @@ def test_few_points_leave_a_component_as_it_was():
     torch.testing.assert_close(covariances(found)[-1], exact, rtol=1e-4, atol=1e-6)
 
 
+def one(scale, dim=20):
+    loc, tril = torch.zeros(1, dim, dtype=DOUBLE), scale * torch.eye(dim, dtype=DOUBLE)[None]
+    return Mixture(torch.ones(1, dtype=DOUBLE), loc, tril, broad(dim), 80.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_points_do_not_spoil_a_component_that_fits(seed):
+    """60 points in 20 dimensions, whose own covariance has eigenvalues from 0.2 to 2.3.
+
+    Chance explains what they show of a shift and of another shape: little of it may enter the fit.
+    """
+    x = torch.randn(60, 20, dtype=DOUBLE, generator=rng(seed))
+    own = torch.linalg.eigvalsh(torch.cov(x.mT))
+    assert float(own[0]) < 0.4 and float(own[-1]) > 1.8
+    fitted = refitted(one(1.0), x, equal(60))
+    value = torch.linalg.eigvalsh(covariances(fitted)[0])
+    assert float(value[0]) > 0.7 and float(value[-1]) < 1.4
+    assert float(fitted.loc.norm()) < 0.5 * float(x.mean(0).norm())
+
+
+def test_few_points_move_a_component_that_does_not_fit():
+    """Four times too wide and three widths off: four steps of trust 0.6 leave 0.026 of either."""
+    x = torch.randn(60, 20, dtype=DOUBLE, generator=rng(1))
+    x[:, 0] += 12.0
+    fitted = refitted(one(4.0), x, equal(60))
+    assert float(covariances(fitted)[0].diagonal().mean()) == pytest.approx(
+        1 + 0.026 * 15, abs=0.4
+    )
+    assert float(fitted.loc[0, 0]) == pytest.approx(12.0, abs=0.6)
+
+
 def test_components_without_points_are_given_up_and_rare_ones_stay_in_sight():
     mixture = Mixture(
         torch.full((3,), 1 / 3, dtype=DOUBLE),
