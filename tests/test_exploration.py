@@ -740,7 +740,7 @@ def test_global_random_numbers_are_left_alone():
 def test_reports_say_what_was_looked_at():
     found = explore(lopsided().energy, 2, ess=1000, progress=False)
     text = str(found)
-    for part in ("verdict      trustworthy", "log Z", "basins       3", "coverage", "95 % conf"):
+    for part in ("verdict      trustworthy", "log Z", "basins       3", "coverage", "with 95 %"):
         assert part in text
     assert found.coverage.starts >= 128
     assert found.coverage.excluded == pytest.approx(1 - 0.05 ** (1 / found.coverage.starts))
@@ -790,7 +790,7 @@ def test_weights_of_a_bank_are_those_of_its_density():
 def test_what_was_found_is_told_in_plain_values():
     found, problem, _ = found_of(corner().energy, 2, (0.0, 1.0))
     record = found.record(problem.coordinates)
-    assert record["region"] == "the box of the bounds, uniformly"
+    assert record["region"] == "searched the box of the bounds, uniformly"
     assert record["starts"] == found.ledger.starts
     for basin in record["basins"]:
         assert all(0 < value < 1 for value in basin["x"])

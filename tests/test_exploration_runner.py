@@ -33,6 +33,8 @@ class Basin:
 class Coverage:
     excluded: float
     least: float = 0.5
+    starts: int = 100
+    unknown: int = 0
 
     def width(self, mass):
         return self.least

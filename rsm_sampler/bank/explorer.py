@@ -26,10 +26,17 @@ from torch import Tensor
 
 from rsm_sampler.bank.bank import Bank
 from rsm_sampler.bank.ledger import Ledger
-from rsm_sampler.bank.missing import left_out
+from rsm_sampler.bank.missing import Lack, left_out
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.pool import Pool
-from rsm_sampler.bank.sources import BankSource, BasinMixture, Kernels, Proposal, Scene
+from rsm_sampler.bank.sources import (
+    BankSource,
+    BasinMixture,
+    Kernels,
+    Proposal,
+    Scene,
+    components_of,
+)
 from rsm_sampler.bank.starts import LINE, centre_minima, independent_starts, line_minima
 from rsm_sampler.montecarlo.densities import Density, ScaleLadder, StudentT, weighted_moments
 from rsm_sampler.montecarlo.descents import descend
@@ -55,7 +62,7 @@ _PILOT = 8  # descents that tell what one costs: of more, those that the budget 
 _FRESH = 8  # starts that have to come to rest, where they examine a bank
 _STEPS = 200  # downhill
 _FAR = 10.0  # times as far from its middle as the rim of the target: there modes may lie, too
-_PIECE = 32_768  # draws of a bank at a time
+_PIECE, _FIRST = 32_768, 4096  # draws of a bank at a time, and at first: it may be a poor one
 
 
 @dataclass
@@ -203,14 +210,14 @@ class _Explorer:
         if not symmetric:  # what turns freely has no isolated minima
             with contextlib.suppress(BudgetExceededError):  # what was found by then is entered
                 self._basins(scene)
-        sources = self.sources
-        if sources is None:
-            sources = [Kernels(thorough=True)] if symmetric else [BasinMixture(), Kernels()]
-            if self.ledger.crowded:  # the minima are many, or a continuum
-                sources.reverse()
-        sources = list(sources)
-        best, chosen = self._best(sources, scene, 3 * plan.round)
-        bank, reasons = None, list[str]()
+        sources = self._asked(symmetric)
+        best, chosen, bank, reasons = None, None, None, list[str]()
+        if not (
+            self.ledger.crowded
+            and self.ledger.basins
+            and self._endless(components_of(scene), self.ledger.log_z, scene, reasons)
+        ):
+            best, chosen = self._best(sources, scene, 3 * plan.round)
         for _ in range(plan.waves):
             if best is None or chosen is None or (reasons and self.late):
                 break
@@ -220,14 +227,22 @@ class _Explorer:
                 reasons.append(
                     f"{best.share:.1%} of the draws of the {best.source} were effective"
                 )
-            if bank is not None or best.share < plan.hopeless:
+            if bank is not None:
                 break
             room = plan.total - self.spent - self._reserve
             if room < plan.round:
                 break
             scene.limit = self.meter.evaluations + min(plan.wave, room // 2)
-            sources.remove(chosen)
-            sources.append(chosen)
+            if best.share < plan.hopeless:
+                if symmetric or not self._found_lower(scene):
+                    break
+                sources = self._asked(symmetric)
+            else:
+                log_z = float(self.pool.weights.log_mean())
+                if self._endless(best.law, log_z, scene, reasons):
+                    break
+                sources.remove(chosen)
+                sources.append(chosen)
             best, chosen = self._best(sources, scene, None)
         if bank is None:
             best = None
@@ -238,6 +253,28 @@ class _Explorer:
             bank, self.ledger, best, *self._resolution(bank), self._region(), reasons,
             self.unexamined,
         )  # fmt: skip
+
+    def _asked(self, symmetric: bool) -> list[BankSource]:
+        """The sources in the order in which they are asked."""
+        if self.sources is not None:
+            return list(self.sources)
+        if symmetric:
+            return [Kernels(thorough=True)]
+        # Where minima are many, or a continuum, kernels may do without them.
+        return [Kernels(), BasinMixture()] if self.ledger.crowded else [BasinMixture(), Kernels()]
+
+    def _found_lower(self, scene: Scene) -> bool:
+        """Go on with starts until one ends below all so far: what was proposed is not there."""
+        plan, begun = self.plan, self.spent
+        lowest = min((basin.energy for basin in self.ledger.basins), default=math.inf)
+        most = min(scene.left, int(plan.descents * plan.evaluations))
+        while not self.late and self.spent - begun < most:
+            with contextlib.suppress(BudgetExceededError):
+                if not self._descend(scene, plan.batch, most - (self.spent - begun)):
+                    break
+            if any(basin.energy < lowest - 1.0 for basin in self.ledger.basins):
+                return True
+        return False
 
     def _best(
         self, sources: Sequence[BankSource], scene: Scene, cost: int | None
@@ -516,7 +553,7 @@ class _Explorer:
             if effective >= plan.ess or (spent and share < plan.least / 2):
                 break
             n = round(1.02 * (plan.ess - effective) / max(share, plan.least))
-            n = min(most - spent, max(1024, min(_PIECE, n)))
+            n = min(most - spent, max(1024, min(_PIECE, n, max(_FIRST, 2 * spent))))
             spent += n
             self.report(f"bank, {spent} points")
             x.append(law.sample(n, self.generator))
@@ -528,23 +565,31 @@ class _Explorer:
         shape = weights.pareto_shape()
         heavy = shape > plan.tail and weights.unseen() > plan.unseen
         if weights.share() < plan.least or heavy:
-            reasons.append(
+            lack: Lack | None = Lack(
                 f"the bank was worth {weights.share():.1%} of its points, with a weight tail of "
                 f"Pareto shape {shape:.2f}"
             )
-            missing: str | None = reasons[-1]
         else:
-            missing = self._missing(pool.law, weights, scene)
-            reasons += [missing] if missing is not None else []
-        if missing is not None:
+            log_z = float(weights.log_mean())
+            lack = self._missing(pool.law, weights.value.numel(), log_z, scene)
+        if lack is not None:
+            reasons.append(lack.reason)
             if x:  # what it met is for the next proposal to learn from
                 self.pool.add(law, torch.cat(x), torch.cat(energy))
             return None
         self.meter.check(self.problem.coordinates.forward(pool.x[-1024:])[0])
         return Bank.of_draws(pool.x[None], weights.value[None], None, pool.law)
 
-    def _missing(self, law: Density, weights: LogWeights, scene: Scene) -> str | None:
-        """What of the basins is not in a bank; after fresh starts, where there may be more."""
+    def _endless(self, law: Density, log_z: float, scene: Scene, reasons: list[str]) -> bool:
+        """Whether there are too many basins for any law that knows them one by one."""
+        lack = self._missing(law, int(self.plan.ess / self.plan.least), log_z, scene)
+        if lack is None or not lack.endless:
+            return False
+        reasons.append(lack.reason)
+        return True
+
+    def _missing(self, law: Density, n: int, log_z: float, scene: Scene) -> Lack | None:
+        """What n draws of a law lack; after fresh starts, where there may be more basins."""
         plan, ledger = self.plan, self.ledger
         basins, fresh = list(ledger.basins), [False] * len(ledger.basins)
         most = min(
@@ -562,8 +607,7 @@ class _Explorer:
             ledger.join(later)
         with contextlib.suppress(BudgetExceededError):
             return left_out(
-                self.problem, basins, fresh, law, weights.value.numel(),
-                float(weights.log_mean()), plan, self.pool, self.generator,
+                self.problem, basins, fresh, law, n, log_z, plan, self.pool, self.generator,
             )  # fmt: skip
         return None
 

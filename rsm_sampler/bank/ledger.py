@@ -10,6 +10,7 @@ starts ended in each basin says what could still be missing
 (:mod:`rsm_sampler.verdict.coverage`); starts that were chosen with what is known do not count.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,16 @@ class Ledger:
         another (Good, 1953, https://doi.org/10.1093/biomet/40.3-4.237).
         """
         return self.full or (self.starts > 0 and self.alone + self.lost > _ALONE * self.starts)
+
+    @property
+    def log_z(self) -> float:
+        """Logarithm of the sum of all basins' masses, by Laplace's method."""
+        half = 0.5 * self.problem.dim * math.log(2 * math.pi)
+        return half + float(
+            torch.stack(
+                [torch.linalg.slogdet(basin.factor)[1] - basin.energy for basin in self.basins]
+            ).logsumexp(0)
+        )
 
     def add(
         self,

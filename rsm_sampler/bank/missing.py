@@ -24,6 +24,7 @@ References:
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -34,12 +35,26 @@ from rsm_sampler.montecarlo.densities import Density, Mixture
 from rsm_sampler.montecarlo.mixtures import lower_root
 from rsm_sampler.target.problem import Problem
 
-__all__ = ["left_out"]
+__all__ = ["Lack", "left_out"]
 
 _FEW = 10.0  # draws in a basin that represent it
 _MEASURED, _DRAWS = 16, 64  # basins that are measured at a time, and draws of each
 _NEGLIGIBLE = 1e-6  # of the target, by Laplace's method: such basins are left alone
 _SURE = 3.0  # standard errors
+_ENDLESS = 0.5  # of the mass in basins that no start has met: no law will know them one by one
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What a bank leaves out.
+
+    Attributes:
+        reason: The same in words.
+        endless: Whether there are too many basins for any law that knows them one by one.
+    """
+
+    reason: str
+    endless: bool = False
 
 
 def left_out(
@@ -52,7 +67,7 @@ def left_out(
     plan: Plan,
     pool: Pool,
     generator: torch.Generator,
-) -> str | None:
+) -> Lack | None:
     """Say what a bank lacks, if it lacks something.
 
     Arguments:
@@ -95,16 +110,19 @@ def left_out(
         each = (terms - log_t[:, None]).exp() * excess.clamp(min=0.0)[:, None]
         missing[thin] = each.mean(0)
         error[thin] = each.std(0) / math.sqrt(len(x))
-        sure = missing - _SURE * error
-        if bool((sure > plan.basin).any()):
-            worst = int(sure.argmax())
-            return f"a basin with {float(missing[worst]):.1%} of the mass was not among the draws"
     once, twice = (sum(basin.starts == k for basin in basins) for k in (1, 2))
     unmet = once * (once - 1) / (2 * (twice + 1))
     of_fresh = float(missing[torch.tensor(fresh)].mean()) if any(fresh) else 0.0
     if unmet * of_fresh > plan.unmet:
-        return (
+        return Lack(
             f"some {unmet:.0f} basins were met by no start; by those of {sum(fresh)} further "
-            f"starts they have {unmet * of_fresh:.0%} of the mass of the draws"
+            f"starts they have {unmet * of_fresh:.0%} of the mass of the draws",
+            endless=unmet * of_fresh > _ENDLESS,
+        )
+    sure = missing - _SURE * error
+    worst = int(sure.argmax())
+    if len(thin) and float(sure[worst]) > plan.basin:
+        return Lack(
+            f"a basin with {float(missing[worst]):.1%} of the mass was not among the draws"
         )
     return None

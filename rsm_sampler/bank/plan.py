@@ -72,7 +72,7 @@ class Plan:
     unseen: float = 0.01
     basin: float = 0.005
     alone: float = 0.05
-    unmet: float = 0.1
+    unmet: float = 0.02
     waves: int
     wave: int
     bank: int
