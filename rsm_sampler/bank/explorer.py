@@ -215,7 +215,7 @@ class _Explorer:
         if not (
             self.ledger.crowded
             and self.ledger.basins
-            and self._endless(components_of(scene), self.ledger.log_z, scene, reasons)
+            and self._endless(components_of(scene), scene, reasons)
         ):
             best, chosen = self._best(sources, scene, 3 * plan.round)
         for _ in range(plan.waves):
@@ -238,8 +238,7 @@ class _Explorer:
                     break
                 sources = self._asked(symmetric)
             else:
-                log_z = float(self.pool.weights.log_mean())
-                if self._endless(best.law, log_z, scene, reasons):
+                if self._endless(best.law, scene, reasons):
                     break
                 sources.remove(chosen)
                 sources.append(chosen)
@@ -580,8 +579,9 @@ class _Explorer:
         self.meter.check(self.problem.coordinates.forward(pool.x[-1024:])[0])
         return Bank.of_draws(pool.x[None], weights.value[None], None, pool.law)
 
-    def _endless(self, law: Density, log_z: float, scene: Scene, reasons: list[str]) -> bool:
+    def _endless(self, law: Density, scene: Scene, reasons: list[str]) -> bool:
         """Whether there are too many basins for any law that knows them one by one."""
+        log_z = max(float(self.pool.weights.log_mean()), self.ledger.log_z)
         lack = self._missing(law, int(self.plan.ess / self.plan.least), log_z, scene)
         if lack is None or not lack.endless:
             return False

@@ -108,7 +108,9 @@ class Ledger:
 
     @property
     def log_z(self) -> float:
-        """Logarithm of the sum of all basins' masses, by Laplace's method."""
+        """Logarithm of the sum of all basins' masses, by Laplace's method; -inf without any."""
+        if not self.basins:
+            return -math.inf
         half = 0.5 * self.problem.dim * math.log(2 * math.pi)
         return half + float(
             torch.stack(
