@@ -12,12 +12,12 @@ from rsm_sampler import EnergyDiffusionTrainer, TrainerConfig
 from rsm_sampler.proposals import GaussianProposal
 
 torch.set_num_threads(1)
-evaluated = 0
+evaluated = calls = 0
 
 
 def energy(x):
-    global evaluated
-    evaluated += len(x)
+    global evaluated, calls
+    evaluated, calls = evaluated + len(x), calls + 1
     return (x.square() - 4).square().sum(-1) / 8
 
 
@@ -44,6 +44,7 @@ def fit(output, loss):
         "draws": sampler.sample(50),
         "evaluations": trainer.evaluations,
         "own": evaluated,
+        "calls": calls,
         "history": trainer.history[-1]["log_z"],
         "loss": trainer.team.size,
     }

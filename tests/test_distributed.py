@@ -45,7 +45,8 @@ def test_two_processes_find_what_one_finds(tmp_path, loss):
     assert one["evaluations"] == both[0]["evaluations"] == both[1]["evaluations"]
     whole = one["own"]
     assert sum(each["own"] for each in both) == whole
-    assert abs(both[0]["own"] - both[1]["own"]) < 0.02 * whole
+    # In a call of an odd number of points one process has one more.
+    assert abs(both[0]["own"] - both[1]["own"]) <= both[0]["calls"] < 0.2 * whole
     assert (tmp_path / "two" / "run.pt").is_file()
 
 
