@@ -308,8 +308,9 @@ def sabotaged(seed: int) -> Record:
         if what == "mode removed":
             keep[seed % len(weights)] = False
         else:
-            weights[weights.argmax()] -= 0.12
-            weights[weights.argmin()] += 0.12
+            most, least = weights.argmax(), weights.argmin()
+            weights[most] -= 0.12
+            weights[least] += 0.12
         law = energies.GaussianMixture(
             target.loc[keep],
             covariance=target.covariances[keep],
