@@ -881,3 +881,17 @@ def test_a_box_bounds_its_starts_uniformly():
     assert scene.defence is scene.ladder
     assert isinstance(scene.broad, StudentT)
     assert scene.left > 0
+
+
+@pytest.mark.parametrize("budget", [600, 3000, 20_000])
+def test_a_budget_is_kept_where_starts_end_nowhere(budget):
+    """A funnel: descents run into its neck, and fresh starts are sent out again and again."""
+
+    def funnel(x):
+        return 0.5 * (x[:, 0] / 3).square() + (
+            0.5 * x[:, 1:].square() * (-x[:, :1]).exp() + 0.5 * x[:, :1]
+        ).sum(-1)
+
+    found = explore(funnel, 10, budget=budget, seed=1, progress=False)
+    assert found.evaluations <= budget
+    assert found.verdict != "trustworthy" or budget > 3000

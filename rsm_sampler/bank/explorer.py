@@ -580,12 +580,18 @@ class _Explorer:
         return Bank.of_draws(pool.x[None], weights.value[None], None, pool.law)
 
     def _endless(self, law: Density, scene: Scene, reasons: list[str]) -> bool:
-        """Whether there are too many basins for any law that knows them one by one."""
-        log_z = max(float(self.pool.weights.log_mean()), self.ledger.log_z)
-        lack = self._missing(law, int(self.plan.ess / self.plan.least), log_z, scene)
-        if lack is None or not lack.endless:
-            return False
-        reasons.append(lack.reason)
+        """Whether there are too many basins for any law that knows them one by one.
+
+        Asked twice: what fresh starts have met the first time is known the second time.
+        """
+        n = int(self.plan.ess / self.plan.least)
+        lack: Lack | None = None
+        for _ in range(2):
+            log_z = max(float(self.pool.weights.log_mean()), self.ledger.log_z)
+            lack = self._missing(law, n, log_z, scene)
+            if lack is None or not lack.endless:
+                return False
+        reasons += [lack.reason] if lack is not None else []
         return True
 
     def _missing(self, law: Density, n: int, log_z: float, scene: Scene) -> Lack | None:

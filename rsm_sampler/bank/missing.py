@@ -112,7 +112,10 @@ def left_out(
         error[thin] = each.std(0) / math.sqrt(len(x))
     once, twice = (sum(basin.starts == k for basin in basins) for k in (1, 2))
     unmet = once * (once - 1) / (2 * (twice + 1))
-    of_fresh = float(missing[torch.tensor(fresh)].mean()) if any(fresh) else 0.0
+    met = missing[torch.tensor(fresh)]
+    of_fresh = 0.0
+    if len(met) > 1:  # without the largest: a single one of much mass is no sign of others like it
+        of_fresh = float((met.sum() - met.amax()) / (len(met) - 1) / (1 + met.sum()))
     if unmet * of_fresh > plan.unmet:
         return Lack(
             f"some {unmet:.0f} basins were met by no start; by those of {sum(fresh)} further "

@@ -99,7 +99,7 @@ class Scene:
     @property
     def left(self) -> int:
         """Evaluations left for exploration."""
-        return self.limit - self.problem.energy.evaluations
+        return max(0, self.limit - self.problem.energy.evaluations)
 
     @property
     def defence(self) -> Density:
@@ -328,8 +328,9 @@ class Kernels:
         plan, best = scene.plan, None
         known = any(isinstance(law, Mixture) for law in scene.pool.laws)
         if scene.ledger.basins and not known:  # points in every basin that was seen
-            first = components_of(scene)
-            scene.draw(first, min(max(plan.round, 16 * len(scene.ledger.basins)), scene.left // 2))
+            n = min(max(plan.round, 16 * len(scene.ledger.basins)), scene.left // 2)
+            if n > 0:
+                scene.draw(components_of(scene), n)
         for i in range(_KERNEL_ROUNDS):
             n = plan.round // 2 if i == 0 else plan.round
             if self.thorough:
