@@ -61,6 +61,7 @@ _MORE = 4  # times as many starts, where some basins catch far fewer than others
 _PILOT = 8  # descents that tell what one costs: of more, those that the budget cuts short are lost
 _FRESH = 8  # starts that have to come to rest, where they examine a bank
 _STEPS = 200  # downhill
+_LOWER = 1.0  # nats: a basin so far below all before is another place to look at
 _FAR = 10.0  # times as far from its middle as the rim of the target: there modes may lie, too
 _PIECE, _FIRST = 32_768, 4096  # draws of a bank at a time, and at first: it may be a poor one
 
@@ -271,7 +272,7 @@ class _Explorer:
             with contextlib.suppress(BudgetExceededError):
                 if not self._descend(scene, plan.batch, most - (self.spent - begun)):
                     break
-            if any(basin.energy < lowest - 1.0 for basin in self.ledger.basins):
+            if any(basin.energy < lowest - _LOWER for basin in self.ledger.basins):
                 return True
         return False
 

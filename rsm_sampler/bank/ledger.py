@@ -176,8 +176,9 @@ class Ledger:
         self.lost += other.lost
         for basin in other.basins:
             x, energy = basin.x[None], torch.full_like(basin.x[:1], basin.energy)
+            only = torch.zeros(1, dtype=torch.long, device=x.device)
             for known in self.basins:
-                if not len(self._taken(known, x, energy, torch.zeros(1, dtype=torch.long), None)):
+                if not len(self._taken(known, x, energy, only, None)):
                     known.starts += basin.starts
                     known.others += basin.others
                     break

@@ -15,7 +15,7 @@ since of a share :math:`s_0` there are fewer than :math:`k_0` draws where :math:
 Where many starts were alone in their basins there are more basins than were met. With
 :math:`f_1` basins that one start met and :math:`f_2` that two did, at least about
 :math:`f_1 (f_1 - 1) / (2 (f_2 + 1))` are unmet; fresh starts tell what mass such a basin has that
-is not in the bank.
+is not in the bank: the mean of theirs but the largest, over the mass with all of them.
 
 References:
     | Nonparametric estimation of the number of classes in a population (Chao, 1984)
@@ -32,7 +32,7 @@ from rsm_sampler.bank.ledger import Basin
 from rsm_sampler.bank.plan import Plan
 from rsm_sampler.bank.pool import Pool
 from rsm_sampler.montecarlo.densities import Density, Mixture
-from rsm_sampler.montecarlo.mixtures import lower_root
+from rsm_sampler.montecarlo.mixtures import lower_root, tails
 from rsm_sampler.target.problem import Problem
 
 __all__ = ["Lack", "left_out"]
@@ -83,6 +83,9 @@ def left_out(
 
     Returns:
         A reason to turn the bank down, or None.
+
+    Raises:
+        BudgetExceededError: If the budget does not hold the draws.
     """
     if not basins:
         return None
@@ -100,7 +103,7 @@ def left_out(
     error = torch.zeros_like(missing)
     if len(thin):
         weight = torch.full_like(share[thin], 1 / len(thin))
-        about = Mixture(weight, loc[thin], tril[thin], law, float(max(5, 4 * dim)), share=0.0)
+        about = Mixture(weight, loc[thin], tril[thin], law, tails(dim), share=0.0)
         x = about.sample(_DRAWS * len(thin), generator)
         value = problem.potential(x)
         pool.add(about, x, value)
@@ -112,7 +115,7 @@ def left_out(
         error[thin] = each.std(0) / math.sqrt(len(x))
     once, twice = (sum(basin.starts == k for basin in basins) for k in (1, 2))
     unmet = once * (once - 1) / (2 * (twice + 1))
-    met = missing[torch.tensor(fresh)]
+    met = missing[torch.tensor(fresh, device=missing.device)]
     of_fresh = 0.0
     if len(met) > 1:  # without the largest: a single one of much mass is no sign of others like it
         of_fresh = float((met.sum() - met.amax()) / (len(met) - 1) / (1 + met.sum()))

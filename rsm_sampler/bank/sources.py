@@ -41,6 +41,7 @@ from rsm_sampler.montecarlo.mixtures import (
     lower_root,
     refitted,
     split,
+    tails,
 )
 from rsm_sampler.montecarlo.weights import LogWeights
 from rsm_sampler.target.problem import Problem
@@ -176,13 +177,8 @@ def components_of(scene: Scene) -> Mixture:
         torch.stack(loc),
         torch.stack(tril),
         scene.defence,
-        _tails(dim),
+        tails(dim),
     )
-
-
-def _tails(dim: int) -> float:
-    """Degrees of freedom of components: fewer would waste draws in many dimensions."""
-    return float(max(5, 4 * dim))
 
 
 class BasinMixture:
@@ -302,8 +298,8 @@ class BasinMixture:
         weight = mass.tempered(mass.largest_power(0.5 * number)).normalised()
         kept = weight > _NEGLIGIBLE / number
         weight = weight[kept] / weight[kept].sum()
-        tails = _tails(scene.problem.dim)
-        return Mixture(weight, loc[kept], tril[kept], scene.defence, tails, share=0.0)
+        df = tails(scene.problem.dim)
+        return Mixture(weight, loc[kept], tril[kept], scene.defence, df, share=0.0)
 
     def _curved(self, scene: Scene, x: Float[Tensor, "k dim"]) -> tuple[Tensor, Tensor]:
         factor = torch.stack([scene.ledger.factor(point, scene.width) for point in x])

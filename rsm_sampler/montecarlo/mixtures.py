@@ -36,13 +36,23 @@ from torch import Tensor
 from rsm_sampler.montecarlo.densities import Density, Mixture
 
 __all__ = [
-    "allocated", "cholesky", "extended", "local_share", "lower_root", "refitted", "split"
+    "allocated", "cholesky", "extended", "local_share", "lower_root", "refitted", "split",
+    "tails"
 ]  # fmt: skip
 
 _LEAST_SHARE = 0.02  # of a component, in equal shares: it stays in sight
 _DROPPED = 1e-3  # likewise: it is given up
 _NEARBY = 1e-5  # responsibility below which a point says nothing of a component
 _APART = 0.5  # of its standard deviation, each half of a split component moves
+
+
+def tails(dim: int) -> float:
+    """Degrees of freedom of components: fewer would waste draws in many dimensions.
+
+    Arguments:
+        dim: Length of a point.
+    """
+    return float(max(5, 4 * dim))
 
 
 def cholesky(covariance: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
