@@ -64,6 +64,7 @@ _STEPS = 200  # downhill
 _LOWER = 1.0  # nats: a basin so far below all before is another place to look at
 _FAR = 10.0  # times as far from its middle as the rim of the target: there modes may lie, too
 _PIECE, _FIRST = 32_768, 4096  # draws of a bank at a time, and at first: it may be a poor one
+_LEAST = 256  # at least
 
 
 @dataclass
@@ -258,10 +259,7 @@ class _Explorer:
         """The sources in the order in which they are asked."""
         if self.sources is not None:
             return list(self.sources)
-        if symmetric:
-            return [Kernels(thorough=True)]
-        # Where minima are many, or a continuum, kernels may do without them.
-        return [Kernels(), BasinMixture()] if self.ledger.crowded else [BasinMixture(), Kernels()]
+        return [Kernels(thorough=True)] if symmetric else [BasinMixture(), Kernels()]
 
     def _found_lower(self, scene: Scene) -> bool:
         """Go on with starts until one ends below all so far: what was proposed is not there."""
@@ -553,7 +551,7 @@ class _Explorer:
             if effective >= plan.ess or (spent and share < plan.least / 2):
                 break
             n = round(1.02 * (plan.ess - effective) / max(share, plan.least))
-            n = min(most - spent, max(1024, min(_PIECE, n, max(_FIRST, 2 * spent))))
+            n = min(most - spent, max(_LEAST, min(_PIECE, n, max(_FIRST, 2 * spent))))
             spent += n
             self.report(f"bank, {spent} points")
             x.append(law.sample(n, self.generator))
@@ -598,23 +596,21 @@ class _Explorer:
     def _missing(self, law: Density, n: int, log_z: float, scene: Scene) -> Lack | None:
         """What n draws of a law lack; after fresh starts, where there may be more basins."""
         plan, ledger = self.plan, self.ledger
-        basins, fresh = list(ledger.basins), [False] * len(ledger.basins)
+        before = {id(basin): basin.starts for basin in ledger.basins}
         most = min(
             int(plan.descents * plan.evaluations) // 4, plan.total - self.spent - self._reserve
         )
         if ledger.alone > plan.alone * ledger.starts and not self.late:
-            later = Ledger(self.problem, limit=self.meter.evaluations + max(0, most))
-            self.ledger = later  # what is known must not be full for them
+            rested = ledger.starts - ledger.lost
+            ledger.make_room(plan.batch // 2, self.meter.evaluations + max(0, most))
             with contextlib.suppress(BudgetExceededError):
                 self._descend(scene, plan.batch // 2, most)
-            self.ledger = ledger
-            self.unexamined = later.starts - later.lost < _FRESH
-            basins += later.basins
-            fresh += [True] * len(later.basins)
-            ledger.join(later)
+            self.unexamined = ledger.starts - ledger.lost - rested < _FRESH
+        fresh = [basin.starts > before.get(id(basin), 0) for basin in ledger.basins]
         with contextlib.suppress(BudgetExceededError):
             return left_out(
-                self.problem, basins, fresh, law, n, log_z, plan, self.pool, self.generator,
+                self.problem, ledger.basins, fresh, law, n, log_z, plan, self.pool,
+                self.generator,
             )  # fmt: skip
         return None
 

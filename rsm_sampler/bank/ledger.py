@@ -30,7 +30,7 @@ _NEWTON = 3
 _ASIDE = 0.05  # of the broad law's widths, from a saddle
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
 _RARE = 0.4  # of an equal share of the starts
-_MOST = 64  # basins with a curvature
+_MOST = 64  # basins with a curvature, at first
 _ALONE = 0.6  # of the starts: of 64 starts in as many equal basins 37 % are alone
 
 
@@ -74,12 +74,12 @@ class Ledger:
         leads: Points near a minimum that lie below it: a narrower basin is beside or within it.
         saddles: Points beside saddles, from where ends that came to rest there go downhill. They
             are not counted yet.
-        full: Whether there are more basins than can be held: the minima form a continuum, or are
-            too many to find.
+        most: Basins that can be held.
+        full: Whether there are more: the minima form a continuum, or are too many to find.
     """
 
     def __init__(self, problem: Problem, limit: int | None = None) -> None:
-        self.problem, self.limit = problem, limit
+        self.problem, self.limit, self.most = problem, limit, _MOST
         self.basins: list[Basin] = []
         self.starts = self.lost = 0
         self.leads: list[Tensor] = []
@@ -139,10 +139,9 @@ class Ledger:
         """
         before, beyond = len(self.basins), 0
         free = energy.argsort()
-        for basin in self.basins:
-            free = self._taken(basin, x, energy, free, independent)
+        free = self._taken(self.basins, x, energy, free, independent)
         while len(free):
-            if len(self.basins) >= _MOST:
+            if len(self.basins) >= self.most:
                 self.full = True
                 if independent:
                     self.lost += len(free)
@@ -161,50 +160,45 @@ class Ledger:
                 new.starts += 1
             else:
                 new.others += 1
-            free = self._taken(new, x, energy, free[1:], independent)
+            free = self._taken([new], x, energy, free[1:], independent)
         if independent:
             self.starts += len(x) - beyond
         return len(self.basins) - before
 
-    def join(self, other: "Ledger") -> None:
-        """Enter what another ledger of the same problem has, as far as there is room.
+    def make_room(self, number: int, limit: int) -> None:
+        """Have room for further basins.
 
         Arguments:
-            other: The other one.
+            number: Basins.
+            limit: Evaluations of the meter up to which they may be looked at.
         """
-        self.starts += other.starts
-        self.lost += other.lost
-        for basin in other.basins:
-            x, energy = basin.x[None], torch.full_like(basin.x[:1], basin.energy)
-            only = torch.zeros(1, dtype=torch.long, device=x.device)
-            for known in self.basins:
-                if not len(self._taken(known, x, energy, only, None)):
-                    known.starts += basin.starts
-                    known.others += basin.others
-                    break
-            else:
-                if len(self.basins) < _MOST:
-                    self.basins.append(basin)
-                else:
-                    self.full = True
+        self.most = max(self.most, len(self.basins) + number)
+        self.limit = None if self.limit is None else max(self.limit, limit)
 
     def _taken(
-        self, basin: Basin, x: Tensor, energy: Tensor, free: Tensor, independent: bool | None
+        self, basins: list[Basin], x: Tensor, energy: Tensor, free: Tensor, independent: bool
     ) -> Tensor:
-        """What is left of the free ends when a basin has taken its own; None counts none."""
-        if len(free) == 0:
+        """What is left of the free ends when each basin in turn has taken its own."""
+        if len(free) == 0 or not basins:
             return free
-        z = torch.linalg.solve(basin.factor, (x[free] - basin.x).mT).mT
-        square = 0.5 * z.square().sum(-1)
-        rise = energy[free] - basin.energy
+        loc = torch.stack([basin.x for basin in basins])
+        factor = torch.stack([basin.factor for basin in basins])
+        rise = energy[free] - energy.new_tensor([basin.energy for basin in basins])[:, None]
+        z = torch.linalg.solve(factor, (x[free] - loc[:, None]).mT)
+        square = 0.5 * z.square().sum(-2)
         same = (square <= _WITHIN) & ((rise - square).abs() <= _SLACK)
-        if bool(same.any()):
-            lowest = free[same][energy[free[same]].argmin()]
+        taken = same.any(0)
+        first = same.int().argmax(0)
+        for k in first[taken].unique().tolist():
+            basin, own = basins[k], free[taken & (first == k)]
+            lowest = own[energy[own].argmin()]
             if float(energy[lowest]) < basin.energy:
                 basin.x, basin.energy = x[lowest].clone(), float(energy[lowest])
-        basin.starts += int(same.sum()) if independent is True else 0
-        basin.others += int(same.sum()) if independent is False else 0
-        return free[~same]
+            if independent:
+                basin.starts += len(own)
+            else:
+                basin.others += len(own)
+        return free[~taken]
 
     def _beyond(self, x: Tensor) -> bool:
         """Whether looking at one more basin would go beyond the limit."""

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 TAIL = 5.0  # degrees of freedom of the broad proposals
-_ENTRIES = 2_000_000  # of a temporary tensor: 16 MB, which the cache bears
+_ENTRIES = 500_000  # of a temporary tensor: 4 MB, which the cache bears
 
 
 class StudentT:
@@ -185,7 +185,7 @@ class KernelDensity:
         offset = self.weight.log() - log_det + constant
         offset = offset - self.broad.scale_tril.diagonal().log().sum()
         pieces = []
-        for piece in self._whiten(x).split(max(1, 250_000 // len(offset))):
+        for piece in self._whiten(x).split(max(1, _ENTRIES // len(offset))):
             exponent = torch.zeros(len(piece), len(offset), dtype=x.dtype, device=x.device)
             for axis in range(dim):
                 gap = torch.addmm(-centred[:, axis], piece, inverse[:, axis].mT)
@@ -249,15 +249,18 @@ class Mixture:
         dim, parts = x.shape[-1], len(self.loc)
         identity = torch.eye(dim, dtype=x.dtype, device=x.device).expand_as(self.scale_tril)
         inverse = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
-        offset = (inverse @ self.loc.unsqueeze(-1)).reshape(-1)
-        flat = inverse.reshape(-1, dim).mT.contiguous()
+        centred = (inverse @ self.loc.unsqueeze(-1)).squeeze(-1)
         log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         half, constant = _student_constants(dim, self.df)
         const = self.weight.log() - log_det + constant + math.log1p(-self.share)
         pieces = []
-        for piece in x.split(max(1, _ENTRIES // (parts * dim))):
-            square = (piece @ flat).sub_(offset).square_().view(-1, parts, dim).sum(-1)
-            pieces.append(square.div_(self.df).log1p_().mul_(-half).add_(const))
+        for piece in x.split(max(1, _ENTRIES // parts)):
+            square = piece.new_zeros(len(piece), parts)
+            for axis in range(dim):  # roots are triangular
+                root = inverse[:, axis, : axis + 1].mT
+                gap = torch.addmm(-centred[:, axis], piece[:, : axis + 1], root)
+                square.addcmul_(gap, gap, value=1 / self.df)
+            pieces.append(square.log1p_().mul_(-half).add_(const))
         terms = torch.cat(pieces)
         log_q = torch.logsumexp(terms, -1)
         if self.share > 0:
