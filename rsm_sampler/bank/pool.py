@@ -69,6 +69,13 @@ class Pool:
             self._added = torch.cat([self._added, added])
         return LogWeights(torch.where(energy < torch.inf, -energy - own, -torch.inf))
 
+    def forget(self) -> None:
+        """Forget the last law with its draws, before any weights are asked for with them."""
+        first = len(self) - self.counts.pop()
+        self.laws.pop()
+        self.x, self.energy = self.x[:first], self.energy[:first]
+        self._log_sum, self._added = self._log_sum[:first], self._added[:first]
+
     def trim(self, most: int) -> None:
         """Forget all but the last laws, with their draws.
 

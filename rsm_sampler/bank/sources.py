@@ -339,6 +339,9 @@ class Kernels:
             share = scene.draw(law, n).share()
             x, energy = scene.pool.x[-n:], scene.pool.energy[-n:]
             scene.report(f"kernels, round {i + 1}: {share:.2f}")
+            if share < plan.hopeless and not self.thorough:
+                scene.pool.forget()  # its density costs more than its draws tell
+                break
             if best is not None and share < 1.1 * best.share and not self.thorough:
                 break
             if best is None or share > best.share:
