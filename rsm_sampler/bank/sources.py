@@ -339,8 +339,8 @@ class Kernels:
             share = scene.draw(law, n).share()
             x, energy = scene.pool.x[-n:], scene.pool.energy[-n:]
             scene.report(f"kernels, round {i + 1}: {share:.2f}")
-            if share < plan.hopeless and not self.thorough:
-                scene.pool.forget()  # its density costs more than its draws tell
+            if share < plan.least and scene.ledger.basins and not self.thorough:
+                scene.pool.forget()  # its density costs more than its draws tell a mixture
                 break
             if best is not None and share < 1.1 * best.share and not self.thorough:
                 break
