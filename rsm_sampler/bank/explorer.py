@@ -37,7 +37,7 @@ from rsm_sampler.bank.sources import (
     Scene,
     components_of,
 )
-from rsm_sampler.bank.starts import LINE, centre_minima, independent_starts, line_minima
+from rsm_sampler.bank.starts import LINE, OF_SURVEY, centre_minima, independent_starts, line_minima
 from rsm_sampler.montecarlo.densities import Density, ScaleLadder, StudentT, weighted_moments
 from rsm_sampler.montecarlo.descents import descend
 from rsm_sampler.montecarlo.population import LEAST_EVALUATIONS, sequential_monte_carlo
@@ -58,6 +58,7 @@ _STRETCHED = 2048  # draws of a law that is stretched to see whether the energy 
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
 _MORE = 4  # times as many starts, where some basins catch far fewer than others
+_MANY, _CHEAP = 32, 4.0  # times as many, where one costs so few evaluations
 _PILOT = 8  # descents that tell what one costs: of more, those that the budget cuts short are lost
 _FRESH = 8  # starts that have to come to rest, where they examine a bank
 _STEPS = 200  # downhill
@@ -455,14 +456,17 @@ class _Explorer:
             self._entered(scene, start[order[: 2 * _STARTS_OF_LINES]], each, independent=False)
         while not self.ledger.crowded and self._scan(scene, int(plan.scans * plan.evaluations)):
             pass
-        while (
-            not self.ledger.crowded
-            and self.ledger.starts < plan.starts * (_MORE if self.ledger.uneven else 1)
-            and self.spent - before < most
-            and not self.late
-        ):
-            if not self._descend(scene, plan.batch, most - (self.spent - before)):
+        cost = math.inf  # of a start, on average over the last ones
+        while not self.ledger.crowded and self.spent - before < most and not self.late:
+            starts, n = self.ledger.starts, plan.batch
+            if starts >= plan.starts * (_MORE if self.ledger.uneven else 1):
+                if cost > _CHEAP or starts >= _MANY * plan.starts:
+                    break
+                n = starts
+            begun = self.spent
+            if not self._descend(scene, n, most - (begun - before)):
                 break
+            cost = (self.spent - begun) / n
 
     def _descend(self, scene: Scene, n: int, most: int) -> bool:
         self.report(f"descents from {self.ledger.starts + n} starts")
@@ -472,11 +476,26 @@ class _Explorer:
     def _entered(
         self, scene: Scene, start: Tensor, most: int, *, independent: bool, follow: bool = True
     ) -> bool:
-        """Follow descents to the ledger; whether there was budget for it."""
+        """Follow descents to the ledger; whether there was budget for it.
+
+        Starts that the basins known foretell are followed no further.
+        """
         width, problem = scene.width, self.problem
         cost = problem.slope_cost(self.pool.x[self.pool.energy.argmin()].expand(2, -1))
         each = max(8 * cost, self.each if independent else 0)  # a start that is cut short is lost
-        start = start[: max(0, most // each)]
+        room = max(0, most // each)
+        if self.ledger.basins and len(start) <= most:
+            energy = self._values(start)
+            start, energy = start[energy.isfinite()], energy[energy.isfinite()]
+            basin = self.ledger.foretold(start, energy)
+            within = (basin < 0).cumsum(0) <= room
+            start, basin = start[within], basin[within]
+            if independent:
+                self.ledger.credit(basin[basin >= 0])
+            start = start[basin < 0]
+            if len(start) == 0:
+                return len(basin) > 0
+        start = start[:room]
         if len(start) < 1:
             return False
         before = self.spent
@@ -676,7 +695,7 @@ class _Explorer:
             )
         axes = _FAR * math.sqrt(self.problem.dim) * bank.scale_tril.mT
         rim = torch.cat([bank.loc + axes, bank.loc - axes])
-        points += starts // 2
+        points += round(OF_SURVEY * starts)
         number = points * float(self.ladder.log_prob(rim).exp().mean())
         return points, math.log(max(number, 1e-300) / points), spread
 

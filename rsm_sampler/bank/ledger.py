@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rsm_sampler.target.gradients import difference_hessian
@@ -24,8 +24,10 @@ __all__ = ["Basin", "Ledger"]
 
 _WITHIN = 4.5  # nats above the minimum: three widths
 _SLACK = 1.0  # nats that a descent may have left
+_FORETOLD = 0.01  # of the rise over a minimum: so well curvatures foretell an energy far away
 _WIDEST = 4.0  # widths of a basin, in units of the broad law's
 _SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
+_SHRUNK, _SHRINKS = 0.1, 10  # steps that end more than a nat higher say nothing of the minimum
 _NEWTON = 3
 _ASIDE = 0.05  # of the broad law's widths, from a saddle
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
@@ -165,6 +167,36 @@ class Ledger:
             self.starts += len(x) - beyond
         return len(self.basins) - before
 
+    def foretold(
+        self, x: Float[Tensor, "n dim"], energy: Float[Tensor, " n"]
+    ) -> Int[Tensor, " n"]:
+        """The basin of each point whose energy is what the curvatures say, else -1.
+
+        There the energy is quadratic about a minimum that is known, and a descent would end in it.
+
+        Arguments:
+            x: Points.
+            energy: Their energies.
+        """
+        if not self.basins:
+            return torch.full_like(energy, -1, dtype=torch.long)
+        square = self._squares(self.basins, x)
+        lowest = energy.new_tensor([basin.energy for basin in self.basins])[:, None]
+        model, nearest = (lowest + square).min(0)
+        rise = square.gather(0, nearest[None])[0]
+        close = (energy - model).abs() <= _SLACK + _FORETOLD * rise
+        return torch.where(close, nearest, -1)
+
+    def credit(self, index: Int[Tensor, " n"]) -> None:
+        """Count independent starts.
+
+        Arguments:
+            index: The basin of each.
+        """
+        for k, number in zip(*(y.tolist() for y in index.unique(return_counts=True)), strict=True):
+            self.basins[k].starts += number
+        self.starts += len(index)
+
     def make_room(self, number: int, limit: int) -> None:
         """Have room for further basins.
 
@@ -181,11 +213,8 @@ class Ledger:
         """What is left of the free ends when each basin in turn has taken its own."""
         if len(free) == 0 or not basins:
             return free
-        loc = torch.stack([basin.x for basin in basins])
-        factor = torch.stack([basin.factor for basin in basins])
         rise = energy[free] - energy.new_tensor([basin.energy for basin in basins])[:, None]
-        z = torch.linalg.solve(factor, (x[free] - loc[:, None]).mT)
-        square = 0.5 * z.square().sum(-2)
+        square = self._squares(basins, x[free])
         same = (square <= _WITHIN) & ((rise - square).abs() <= _SLACK)
         taken = same.any(0)
         first = same.int().argmax(0)
@@ -200,6 +229,14 @@ class Ledger:
                 basin.others += len(own)
         return free[~taken]
 
+    @staticmethod
+    def _squares(basins: list[Basin], x: Tensor) -> Tensor:
+        """What the curvature of each basin says of the rise of points, (basins, n), in nats."""
+        loc = torch.stack([basin.x for basin in basins])
+        factor = torch.stack([basin.factor for basin in basins])
+        z = torch.linalg.solve(factor, (x - loc[:, None]).mT)
+        return 0.5 * z.square().sum(-2)
+
     def _beyond(self, x: Tensor) -> bool:
         """Whether looking at one more basin would go beyond the limit."""
         if self.limit is None:
@@ -212,7 +249,7 @@ class Ledger:
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
         """The basin of a point at rest, by Newton's method and the curvature; None at a saddle."""
         problem = self.problem
-        factor, lowest, _, aside = self._along(x, (_SMALL * width).diag(), width)
+        factor, lowest, _, aside = self._along(x, (_SMALL * width).diag(), width, energy)
         if lowest < -1:
             self._saddle(x, aside)
             return None
@@ -264,29 +301,41 @@ class Ledger:
         return self._along(x, _STEP * axes, width)[0]
 
     def _along(
-        self, x: Tensor, axes: Tensor, width: Tensor, energy: float = -torch.inf
+        self, x: Tensor, axes: Tensor, width: Tensor, energy: float = torch.inf
     ) -> tuple[Tensor, float, Tensor, Tensor]:
         """A root of the inverse curvature, from differences of slopes along the columns of axes.
 
+        Columns at whose ends the energy is more than a nat above the one given are shortened
+        until it is not: the point may be the bottom of a far narrower basin.
         No direction is wider than a few widths of the broad law: where the energy is flat, or
         falls, the curvature says nothing. The lowest curvature comes with it, in units of the
-        one of that width, the ends that lie more than a nat below an energy, and a step in the
+        one of that width, the ends that lie more than a nat below the energy, and a step in the
         direction of the lowest curvature.
         """
-        problem, steps = self.problem, axes.mT
-        ends = torch.cat([x + steps, x - steps])
-        # Rows: change of the slope along each axis; in units of the axes.
-        if problem.slope_by(ends) == "autograd":
-            value, slope = problem.value_and_slope(ends, width)
+        problem, one, autograd = self.problem, torch.ones_like(x), False
+        for _ in range(_SHRINKS):
+            steps = axes.mT
+            ends = torch.cat([x + steps, x - steps])
+            autograd = problem.slope_by(ends) == "autograd"
+            # Rows: change of the slope along each axis; in units of the axes.
+            if autograd:
+                value, slope = problem.value_and_slope(ends, width)
+            else:
+                value = problem.potential(ends)
+            known = value.isfinite().view(2, -1).all(0)
+            high = known & (value.view(2, -1).amax(0) > energy + _SLACK)
+            if not bool(high.any()):
+                break
+            axes = torch.where(high, _SHRUNK * axes, axes)
+        axes = steps.mT  # those that were looked at
+        if autograd:
             ahead, behind = slope.view(2, *steps.shape)
             hessian = 0.5 * (ahead - behind) @ axes
         else:  # differences of values are fewer than those of differences
-            value, one = problem.potential(ends), torch.ones_like(x)
             origin = torch.zeros_like(x)[None]
             hessian = difference_hessian(
                 lambda c: problem.potential(x + c @ steps), origin, step=one[None]
             )[0]
-        known = value.isfinite().view(2, -1).all(0)
         hessian = torch.where(known[:, None] & known, hessian, 0.0)
         hessian = 0.5 * (hessian + hessian.mT)
         # In units of the axes: there it is about the identity, and no digits are lost.

@@ -1,8 +1,9 @@
 r"""Where descents start.
 
 **Independent starts** are draws of a law that is stated and owes nothing to the basins known: over
-a box they are uniform; elsewhere half have the scales of the survey, and half are draws of the
-broad law, stretched from its location by a factor that is log-uniform from a quarter to 256. They
+a box they are uniform; elsewhere a quarter have the scales of the survey, and the others are draws
+of the broad law, stretched from its location by a factor that is log-uniform: for half of all
+starts from a half to 16, where modes of like width lie, for a quarter from a quarter to 256. They
 alone count for what could still be missing.
 
 **Line scans** go from a basin along the coordinates, along diagonals of random signs, and along
@@ -20,9 +21,10 @@ from rsm_sampler.bank.ledger import Basin
 from rsm_sampler.montecarlo.densities import ScaleLadder, StudentT
 from rsm_sampler.target.problem import Problem
 
-__all__ = ["centre_minima", "independent_starts", "line_minima"]
+__all__ = ["OF_SURVEY", "centre_minima", "independent_starts", "line_minima"]
 
-_NEAREST, _FARTHEST = 0.25, 256.0
+OF_SURVEY, _OF_NEAR = 0.25, 0.5  # shares of the starts: the first is drawn from the survey's law
+_NEAR_BY, _ANYWHERE = (0.5, 16.0), (0.25, 256.0)  # factors of the broad law's distance
 _DIAGONALS, _LINES = 8, 8
 _ASIDE = 0.05  # widths of the basin
 _FIRST, _RATIO, _PLACES = 0.5, 1.25, 36  # distances on a line, in widths of the basin
@@ -43,10 +45,15 @@ def independent_starts(
     """
     if ladder.boxed:
         return ladder.sample(n, generator)
-    near = broad.sample(n - n // 2, generator)
-    u = torch.rand(len(near), 1, dtype=near.dtype, device=near.device, generator=generator)
-    stretch = _NEAREST * (_FARTHEST / _NEAREST) ** u
-    return torch.cat([ladder.sample(n // 2, generator), broad.loc + (near - broad.loc) * stretch])
+    few, many = round(OF_SURVEY * n), round(_OF_NEAR * n)
+    drawn = broad.sample(n - few, generator)
+    u = torch.rand(len(drawn), 1, dtype=drawn.dtype, device=drawn.device, generator=generator)
+    near = _NEAR_BY[0] * (_NEAR_BY[1] / _NEAR_BY[0]) ** u[:many]
+    anywhere = _ANYWHERE[0] * (_ANYWHERE[1] / _ANYWHERE[0]) ** u[many:]
+    stretched = broad.loc + (drawn - broad.loc) * torch.cat([near, anywhere])
+    start = torch.cat([ladder.sample(few, generator), stretched])
+    order = torch.randperm(n, generator=generator, device=start.device)
+    return start[order]  # the first of them have the same law
 
 
 def line_minima(
