@@ -122,7 +122,7 @@ class Found:
                     "starts": basin.starts,
                     "others": basin.others,
                 }
-                for basin in ledger.basins
+                for basin in ledger.valleys
             ],
             "reasons": list(self.reasons),
         }
@@ -530,9 +530,9 @@ class _Explorer:
 
     def _scan(self, scene: Scene, most: int) -> bool:
         """Look along lines through a few of the lowest basins; whether that found another."""
-        before = len(self.ledger.basins)
+        before = len(self.ledger.valleys)
         done = sum(basin.scanned for basin in self.ledger.basins)
-        basins = sorted(self.ledger.basins, key=lambda basin: basin.energy)
+        basins = sorted(self.ledger.valleys, key=lambda basin: basin.energy)
         basins = [basin for basin in basins if not basin.scanned][
             : _CENTRES if done < 2 * _CENTRES else 1
         ]
@@ -545,7 +545,7 @@ class _Explorer:
             start = line_minima(self.problem, basin, self.ledger.basins, each, self.generator)
             order = torch.randperm(len(start), generator=self.generator, device=start.device)
             self._entered(scene, start[order[:_STARTS_OF_LINES]], each, independent=False)
-        return len(self.ledger.basins) > before
+        return len(self.ledger.valleys) > before
 
     # ---------------------------------------------------------------- the bank
 
@@ -674,8 +674,11 @@ class _Explorer:
         nearest = torch.stack(distance, -1).argmin(-1)
         share = torch.nn.functional.one_hot(nearest, len(basins)).double().mean(0)
         effective = min(float(weights.ess()), float(len(x))) if bank.density else bank.ess
+        masses = dict.fromkeys(map(id, self.ledger.valleys), 0.0)
         for basin, mass in zip(basins, share.tolist(), strict=True):
-            basin.mass = mass
+            masses[id(basin.valley)] += mass
+        for basin in self.ledger.valleys:
+            mass = basin.mass = masses[id(basin)]
             basin.mass_se = math.sqrt(max(mass * (1 - mass), 1e-12) / max(1.0, effective))
 
     def _resolution(self, bank: Bank) -> tuple[int, float, float]:

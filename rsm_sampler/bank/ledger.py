@@ -29,6 +29,8 @@ _WIDEST = 4.0  # widths of a basin, in units of the broad law's
 _SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
 _SHRUNK, _SHRINKS = 0.1, 10  # steps that end more than a nat higher say nothing of the minimum
 _NEWTON = 3
+_HIGH, _HALVINGS = 2.0, 12  # nats at a width, a half if the curvature foretold all
+_NEIGHBOURS, _BETWEEN = 2, 3  # minima and points on the way to each, to see whether it is a valley
 _ASIDE = 0.05  # of the broad law's widths, from a saddle
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
 _RARE = 0.4  # of an equal share of the starts
@@ -49,6 +51,8 @@ class Basin:
         mass: Estimate of its share of the target; NaN before there is one.
         mass_se: Its standard error.
         scanned: Whether lines through it were looked along.
+        beside: Another minimum of the same valley, in which its starts and its mass are counted;
+            None if it is the first of its own.
     """
 
     x: Tensor
@@ -59,6 +63,12 @@ class Basin:
     mass: float = float("nan")
     mass_se: float = float("nan")
     scanned: bool = False
+    beside: "Basin | None" = None
+
+    @property
+    def valley(self) -> "Basin":
+        """The first minimum of its valley."""
+        return self if self.beside is None else self.beside
 
 
 class Ledger:
@@ -89,6 +99,11 @@ class Ledger:
         self.full = False
 
     @property
+    def valleys(self) -> list[Basin]:
+        """The first minimum of each valley."""
+        return [basin for basin in self.basins if basin.beside is None]
+
+    @property
     def alone(self) -> int:
         """Basins in which a single independent start ended."""
         return sum(basin.starts == 1 for basin in self.basins)
@@ -96,8 +111,9 @@ class Ledger:
     @property
     def uneven(self) -> bool:
         """Whether a basin caught far fewer starts than others: there may be rarer ones."""
-        least = _RARE * self.starts / max(1, len(self.basins))
-        return any(basin.starts < least for basin in self.basins)
+        valleys = self.valleys
+        least = _RARE * self.starts / max(1, len(valleys))
+        return any(basin.starts < least for basin in valleys)
 
     @property
     def crowded(self) -> bool:
@@ -143,25 +159,27 @@ class Ledger:
         free = energy.argsort()
         free = self._taken(self.basins, x, energy, free, independent)
         while len(free):
-            if len(self.basins) >= self.most:
-                self.full = True
-                if independent:
-                    self.lost += len(free)
-                break
             if self._beyond(x[free[0]]):
                 self.lost += int(independent) * len(free)
                 break
+            beside = self._beside(x[free[0]], float(energy[free[0]]))
+            if len(self.basins) >= self.most:
+                self.full |= beside is None
+                if beside is not None:
+                    self._count(beside, 1, independent)
+                elif independent:
+                    self.lost += 1
+                free = free[1:]
+                continue
             new = self._basin(x[free[0]], float(energy[free[0]]), width)
             if new is None:
                 beyond += 1
                 free = free[1:]
                 continue
+            new.beside = beside
             self.basins.append(new)
             # The first belongs to it, wherever Newton's steps have led.
-            if independent:
-                new.starts += 1
-            else:
-                new.others += 1
+            self._count(new, 1, independent)
             free = self._taken([new], x, energy, free[1:], independent)
         if independent:
             self.starts += len(x) - beyond
@@ -194,7 +212,7 @@ class Ledger:
             index: The basin of each.
         """
         for k, number in zip(*(y.tolist() for y in index.unique(return_counts=True)), strict=True):
-            self.basins[k].starts += number
+            self._count(self.basins[k], number, True)
         self.starts += len(index)
 
     def make_room(self, number: int, limit: int) -> None:
@@ -223,11 +241,45 @@ class Ledger:
             lowest = own[energy[own].argmin()]
             if float(energy[lowest]) < basin.energy:
                 basin.x, basin.energy = x[lowest].clone(), float(energy[lowest])
-            if independent:
-                basin.starts += len(own)
-            else:
-                basin.others += len(own)
+            self._count(basin, len(own), independent)
         return free[~taken]
+
+    @staticmethod
+    def _count(basin: Basin, number: int, independent: bool) -> None:
+        """Count starts that ended in a basin."""
+        if independent:
+            basin.valley.starts += number
+        else:
+            basin.valley.others += number
+
+    def _beside(self, x: Tensor, energy: float) -> Basin | None:
+        """The valley of a point at rest: that of a minimum as low, with no barrier on the way.
+
+        A point between two valleys shows that they are one.
+        """
+        low = [basin for basin in self.basins if abs(basin.energy - energy) <= _SLACK]
+        if not low:
+            return None
+        valley = None
+        distance = self._squares(low, x[None])[:, 0]
+        for k in distance.argsort()[:_NEIGHBOURS].tolist():
+            between = torch.lerp(x, low[k].x, torch.linspace(0, 1, _BETWEEN + 2).to(x)[1:-1, None])
+            if float(self.problem.potential(between).amax()) > energy + 2 * _SLACK:
+                continue
+            other = low[k].valley
+            if valley is None:
+                valley = other
+            elif other is not valley:
+                self._unite(valley, other)
+        return valley
+
+    def _unite(self, valley: Basin, other: Basin) -> None:
+        """Make another valley a part of one."""
+        for basin in self.basins:
+            if basin.valley is other:
+                basin.beside = valley
+        valley.starts, valley.others = valley.starts + other.starts, valley.others + other.others
+        other.starts = other.others = 0
 
     @staticmethod
     def _squares(basins: list[Basin], x: Tensor) -> Tensor:
@@ -241,9 +293,8 @@ class Ledger:
         """Whether looking at one more basin would go beyond the limit."""
         if self.limit is None:
             return False
-        most = 2 * self.curvature_cost(x) + _NEWTON * (
-            1 + self.problem.slope_cost(x.expand(2, -1))
-        )
+        most = 2 * self.curvature_cost(x) + _NEIGHBOURS * _BETWEEN
+        most += _NEWTON * (1 + self.problem.slope_cost(x.expand(2, -1)))
         return self.problem.energy.evaluations + most > self.limit
 
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
@@ -271,7 +322,7 @@ class Ledger:
         if lowest < -1:
             self._saddle(x, aside)
             return None
-        return Basin(x, energy, wider)
+        return Basin(x, energy, self._held(x, energy, wider))
 
     def _saddle(self, x: Tensor, aside: Tensor) -> None:
         """Nothing stays at a saddle: to one side of it, then to the other."""
@@ -299,6 +350,23 @@ class Ledger:
         """
         axes = self._along(x, (_SMALL * width).diag(), width)[0]
         return self._along(x, _STEP * axes, width)[0]
+
+    def _held(self, x: Tensor, energy: float, factor: Tensor) -> Tensor:
+        """The root with columns halved until the energy rises by no more than two nats at a width.
+
+        A valley that bends is flat at its bottom, and yet not wide.
+        """
+        column = torch.arange(len(x), device=x.device)
+        factor = factor.clone()
+        for _ in range(_HALVINGS):
+            steps = factor[:, column].mT
+            ahead, behind = self.problem.potential(torch.cat([x + steps, x - steps])).view(2, -1)
+            rise = 0.5 * (ahead + behind) - energy
+            column = column[(rise > _HIGH) & rise.isfinite()]
+            if len(column) == 0:
+                break
+            factor[:, column] *= 0.5
+        return factor
 
     def _along(
         self, x: Tensor, axes: Tensor, width: Tensor, energy: float = torch.inf
