@@ -33,7 +33,7 @@ __all__ = ["Basin", "Exploration", "explore"]
 _LEAST_BUDGET = 500
 _SEARCH, _STARTS, _CHAINS = 120_000, 128, 250_000  # evaluations, starts, evaluations
 _LEAST_EFFECTIVE = 400.0  # draws: means within a twentieth of a standard deviation
-_LEAST_STARTS = 29  # exclude a basin that catches more than a tenth of them, with 95 %
+_LEAST_STARTS = 59  # exclude a basin that catches more than a twentieth of them, with 95 %
 
 
 @dataclass(frozen=True)
