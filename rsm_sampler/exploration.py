@@ -271,13 +271,19 @@ def exploration_of(
         reasons.append(f"only {bank.ess:.0f} effective draws within the budget")
     elif located < _LEAST_STARTS:
         verdict = "cannot tell"
-        reasons.append(f"only {located} of {record['starts']} independent starts ended in a basin")
+        reasons.append(
+            f"only {located} independent starts ended in a basin, of {record['starts']}; at least "
+            f"{_LEAST_STARTS} are needed"
+        )
     elif record["unexamined"]:
         verdict = "cannot tell"
         reasons.append(
             "many starts were alone in their basins, and too few further ones came to rest to "
             "tell whether there are more basins"
         )
+    elif record["refused"]:
+        verdict = "cannot tell"
+        reasons.append("what the refused bank had missed, the next may have missed, too")
     return Exploration(
         x=coordinates.forward(bank.points[0])[0],
         log_weight=bank.log_weight[0],

@@ -84,6 +84,7 @@ class Found:
         reasons: Why proposals were turned down.
         unexamined: Whether there may be more basins, and too few fresh starts came to rest to
             tell.
+        refused: Whether an earlier bank was turned down for its weights.
     """
 
     bank: Bank
@@ -95,6 +96,7 @@ class Found:
     region: str
     reasons: list[str]
     unexamined: bool = False
+    refused: bool = False
 
     def record(self, coordinates: Coordinates) -> dict[str, Any]:
         """The same in plain values, places in the user's coordinates.
@@ -113,6 +115,7 @@ class Found:
             "lost": ledger.lost,
             "crowded": ledger.crowded,
             "unexamined": self.unexamined,
+            "refused": self.refused,
             "basins": [
                 {
                     "x": coordinates.forward(basin.x[None])[0][0].tolist(),
@@ -178,7 +181,7 @@ class _Explorer:
         self.ledger = Ledger(problem, limit=self.meter.evaluations + plan.evaluations)
         self.paths: list[tuple[Tensor, Tensor]] = []
         self.each = 0  # evaluations of a descent from an independent start
-        self.unexamined = False
+        self.unexamined = self.refused = False
         self.begun = self.meter.evaluations
         like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
         loc = torch.zeros(problem.dim, **like) if centre is None else centre.to(**like)
@@ -253,7 +256,7 @@ class _Explorer:
         self._masses(bank)
         return Found(
             bank, self.ledger, best, *self._resolution(bank), self._region(), reasons,
-            self.unexamined,
+            self.unexamined, self.refused,
         )  # fmt: skip
 
     def _asked(self, symmetric: bool) -> list[BankSource]:
@@ -582,6 +585,7 @@ class _Explorer:
         shape = weights.pareto_shape()
         heavy = shape > plan.tail and weights.unseen() > plan.unseen
         if weights.share() < plan.least or heavy:
+            self.refused = True
             lack: Lack | None = Lack(
                 f"the bank was worth {weights.share():.1%} of its points, with a weight tail of "
                 f"Pareto shape {shape:.2f}"

@@ -27,14 +27,14 @@ _SLACK = 1.0  # nats that a descent may have left
 _FORETOLD = 0.01  # of the rise over a minimum: so well curvatures foretell an energy far away
 _WIDEST = 4.0  # widths of a basin, in units of the broad law's
 _SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
-_SHRUNK, _SHRINKS = 0.1, 10  # steps that end more than a nat higher say nothing of the minimum
+_STEEP, _SHRUNK, _SHRINKS = 3.0, 0.1, 10  # times the rise that slopes say; factor, times
 _NEWTON = 3
 _HIGH, _HALVINGS = 2.0, 12  # nats at a width, a half if the curvature foretold all
 _NEIGHBOURS, _BETWEEN = 2, 3  # minima and points on the way to each, to see whether it is a valley
 _ASIDE = 0.05  # of the broad law's widths, from a saddle
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
 _RARE = 0.4  # of an equal share of the starts
-_MOST = 64  # basins with a curvature, at first
+_MOST = 256  # basins with a curvature, at first
 _ALONE = 0.6  # of the starts: of 64 starts in as many equal basins 37 % are alone
 
 
@@ -373,37 +373,35 @@ class Ledger:
     ) -> tuple[Tensor, float, Tensor, Tensor]:
         """A root of the inverse curvature, from differences of slopes along the columns of axes.
 
-        Columns at whose ends the energy is more than a nat above the one given are shortened
-        until it is not: the point may be the bottom of a far narrower basin.
+        Columns along which the energy rises by far more than the slopes at their ends say are
+        shortened: they leave a basin that is narrower than they are long.
         No direction is wider than a few widths of the broad law: where the energy is flat, or
         falls, the curvature says nothing. The lowest curvature comes with it, in units of the
         one of that width, the ends that lie more than a nat below the energy, and a step in the
         direction of the lowest curvature.
         """
-        problem, one, autograd = self.problem, torch.ones_like(x), False
-        for _ in range(_SHRINKS):
+        problem, left = self.problem, _SHRINKS
+        while True:
             steps = axes.mT
             ends = torch.cat([x + steps, x - steps])
-            autograd = problem.slope_by(ends) == "autograd"
             # Rows: change of the slope along each axis; in units of the axes.
-            if autograd:
+            if problem.slope_by(ends) == "autograd":
                 value, slope = problem.value_and_slope(ends, width)
-            else:
-                value = problem.potential(ends)
+                ahead, behind = slope.view(2, *steps.shape)
+                hessian = 0.5 * (ahead - behind) @ axes
+            else:  # differences of values are fewer than those of differences
+                value, origin = problem.potential(ends), torch.zeros_like(x)[None]
+                hessian = difference_hessian(
+                    lambda c, steps=steps: problem.potential(x + c @ steps),
+                    origin,
+                    step=torch.ones_like(origin),
+                )[0]
             known = value.isfinite().view(2, -1).all(0)
-            high = known & (value.view(2, -1).amax(0) > energy + _SLACK)
-            if not bool(high.any()):
+            rise = value.view(2, -1).mean(0) - energy
+            high = known & (rise > _SLACK + _STEEP * 0.5 * hessian.diagonal().clamp(min=0.0))
+            if left == 0 or not bool(high.any()):
                 break
-            axes = torch.where(high, _SHRUNK * axes, axes)
-        axes = steps.mT  # those that were looked at
-        if autograd:
-            ahead, behind = slope.view(2, *steps.shape)
-            hessian = 0.5 * (ahead - behind) @ axes
-        else:  # differences of values are fewer than those of differences
-            origin = torch.zeros_like(x)[None]
-            hessian = difference_hessian(
-                lambda c: problem.potential(x + c @ steps), origin, step=one[None]
-            )[0]
+            axes, left = torch.where(high, _SHRUNK * axes, axes), left - 1
         hessian = torch.where(known[:, None] & known, hessian, 0.0)
         hessian = 0.5 * (hessian + hessian.mT)
         # In units of the axes: there it is about the identity, and no digits are lost.

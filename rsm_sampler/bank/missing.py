@@ -10,7 +10,8 @@ Student-t law t there measure the mass that the law q cannot represent,
 
 .. math:: \int \Bigl(\frac{e^{-E(x)}}Z - r\, q(x)\Bigr)_+ dx, \qquad r = n\, s_0 / k_0,
 
-since of a share :math:`s_0` there are fewer than :math:`k_0` draws where :math:`p > r q`.
+since of a share :math:`s_0` there are fewer than :math:`k_0` draws where :math:`p > r q`. Draws of
+earlier laws measure the same anywhere.
 
 Where many starts were alone in their basins there are more basins than were met. With
 :math:`f_1` basins that one start met and :math:`f_2` that two did, at least about
@@ -78,7 +79,7 @@ def left_out(
         n: Number of its draws.
         log_z: Estimate of log Z from them.
         plan: Thresholds.
-        pool: Receives the draws that measure basins.
+        pool: Draws of earlier laws; receives those that measure basins.
         generator: Source of randomness.
 
     Returns:
@@ -87,6 +88,9 @@ def left_out(
     Raises:
         BudgetExceededError: If the budget does not hold the draws.
     """
+    seen = _seen_before(pool, law, n, log_z, plan)
+    if seen > plan.basin:
+        return Lack(f"{seen:.1%} of the mass, or more, was met by earlier draws, and not by these")
     if not basins:
         return None
     dim = problem.dim
@@ -132,3 +136,20 @@ def left_out(
             f"a basin with {float(missing[worst]):.1%} of the mass was not among the draws"
         )
     return None
+
+
+def _seen_before(pool: Pool, law: Density, n: int, log_z: float, plan: Plan) -> float:
+    """The mass that n draws of a law lack, by the draws of earlier laws: a lower bound."""
+    if len(pool) < 2:
+        return 0.0
+    log_weight = pool.weights.value - log_z
+    heavy = (log_weight > math.log(_NEGLIGIBLE)).nonzero()[:, 0]
+    if len(heavy) == 0:
+        return 0.0
+    log_p = -pool.energy[heavy] - log_z
+    ratio = n * plan.basin / _FEW
+    covered = ratio * (law.log_prob(pool.x[heavy]) - log_p).exp()
+    excess = torch.zeros_like(log_weight)
+    excess[heavy] = log_weight[heavy].exp() * (1 - covered).clamp(min=0.0)
+    error = float(excess.std()) / math.sqrt(len(excess))
+    return float(excess.mean()) - _SURE * error
