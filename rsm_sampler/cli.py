@@ -59,6 +59,7 @@ returns n values, low where likely. The names are
 Energy = Annotated[str, arg(metavar="ENERGY")]
 SamplerFile = Annotated[Path, arg(metavar="SAMPLER")]
 Draws = Annotated[int, arg(aliases=["-n"])]
+OptionalDraws = Annotated[int | None, arg(aliases=["-n"])]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalFloat = Annotated[float | None, arg(metavar="FLOAT")]
@@ -299,7 +300,7 @@ def diagnose(
     sampler: Positional[SamplerFile],
     *,
     energy: Energy,
-    n: Draws = 8192,
+    n: OptionalDraws = None,
     witness_evaluations: OptionalInt = None,
     effort: float = 1.0,
     referee: RefereeName | None = None,
@@ -420,7 +421,7 @@ def _pairs(bounds: tuple[float, ...], dim: int) -> tuple[Any, Any]:
             f"bounds must be low and high, once or for each of {dim} coordinates, got "
             f"{len(bounds)} numbers"
         )
-    return (bounds[0], bounds[1]) if len(bounds) == 2 else (bounds[::2], bounds[1::2])
+    return (bounds[0], bounds[1]) if len(bounds) == 2 else ([*bounds[::2]], [*bounds[1::2]])
 
 
 def _check_figure(path: Path | None) -> None:

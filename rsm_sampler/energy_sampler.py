@@ -543,7 +543,7 @@ class EnergySampler:
 
     def diagnose(
         self,
-        n: int = 8192,
+        n: int | None = None,
         *,
         energy: Callable[..., Tensor] | None = None,
         context: Float[Tensor, " context_dim"] | None = None,

@@ -6,6 +6,7 @@ are worth as much as was asked for. What it finds is what
 first part of ``trainer.fit()``.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rsm_sampler.target.energy import MeteredEnergy
 from rsm_sampler.target.gradients import GradientMethod
 from rsm_sampler.target.problem import Problem
 from rsm_sampler.verdict.coverage import Coverage
+from rsm_sampler.verdict.diagnosis import NOISE
 
 __all__ = ["Basin", "Exploration", "explore"]
 
@@ -44,7 +46,7 @@ class Basin:
         location: The minimum, in the user's coordinates, (dim).
         energy: The energy there in unbounded coordinates, in nats.
         mass: The share of the law that is nearest to it.
-        mass_se: Its standard error.
+        mass_se: Its standard error; NaN for chains.
         starts: How many independent starts ended in it.
     """
 
@@ -107,14 +109,17 @@ class Exploration:
         lines = [
             f"verdict      {self.verdict}",
             f"draws        {len(self.x):,}, worth {self.ess:,.0f}, by {self.method}",
-            f"log Z        {self.log_z:.4f} ± {self.log_z_se:.4f}",
+            f"log Z        {self.log_z:.4f} ± {self.log_z_se:.4f}"
+            if math.isfinite(self.log_z_se)
+            else f"log Z        about {self.log_z:.1f}, by chains",
             f"evaluations  {self.evaluations:,} in {self.seconds:.1f} s",
             f"basins       {len(self.basins)}",
         ]
         for basin in self.basins[:8]:
             place = ", ".join(f"{value:.4g}" for value in basin.location[:4].tolist())
             more = ", ..." if len(basin.location) > 4 else ""
-            lines.append(f"  {basin.mass:6.1%} ± {basin.mass_se:.1%}  at ({place}{more})")
+            error = f" ± {basin.mass_se:.1%}" if math.isfinite(basin.mass_se) else ""
+            lines.append(f"  {basin.mass:6.1%}{error}  at ({place}{more})")
         if len(self.basins) > 8:
             lines.append(f"  and {len(self.basins) - 8} more")
         lines.append(f"coverage     {self.coverage}")
@@ -280,6 +285,13 @@ def exploration_of(
         reasons.append(
             "many starts were alone in their basins, and too few further ones came to rest to "
             "tell whether there are more basins"
+        )
+    elif record["noise"] > NOISE:
+        verdict = "cannot tell"
+        reasons.append(
+            "noise: the energy gives other values when the same points are asked again, with a "
+            f"standard deviation of {record['noise']:.2g}; log Z and the draws are those of the "
+            "mean of exp(-energy)"
         )
     elif record["refused"]:
         verdict = "cannot tell"

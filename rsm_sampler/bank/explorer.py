@@ -52,6 +52,7 @@ _LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
 _WIDER = math.sqrt(1.2)  # than the moments say, is the next broad law
 _HINT = 100.0  # a stated width may be wrong by this factor
 _SLOWER, _SLOW = 30.0, 2e-3  # times the usual time a point takes, and seconds: the survey stops
+_AGAIN, _ROUNDING = 16, 1e-3  # points that are asked again; a difference that may be rounding
 _FINITE = 16  # points of finite energy: fewer, and the survey goes on
 _ENOUGH = 10.0  # effective points for each dimension, whose covariance is taken as it is
 _STRETCHED = 2048  # draws of a law that is stretched to see whether the energy holds them
@@ -60,6 +61,7 @@ _STARTS_OF_LINES = 64
 _MORE = 4  # times as many starts, where some basins catch far fewer than others
 _MANY, _CHEAP = 32, 4.0  # times as many, where one costs so few evaluations
 _PILOT = 8  # descents that tell what one costs: of more, those that the budget cuts short are lost
+_LOWEST_ENDS = 4  # of descents of which none came to rest, whose curvatures are looked at
 _FRESH = 8  # starts that have to come to rest, where they examine a bank
 _STEPS = 200  # downhill
 _LOWER = 1.0  # nats: a basin so far below all before is another place to look at
@@ -85,6 +87,7 @@ class Found:
         unexamined: Whether there may be more basins, and too few fresh starts came to rest to
             tell.
         refused: Whether an earlier bank was turned down for its weights.
+        noise: Standard deviation of an evaluation, in nats.
     """
 
     bank: Bank
@@ -97,6 +100,7 @@ class Found:
     reasons: list[str]
     unexamined: bool = False
     refused: bool = False
+    noise: float = 0.0
 
     def record(self, coordinates: Coordinates) -> dict[str, Any]:
         """The same in plain values, places in the user's coordinates.
@@ -116,6 +120,7 @@ class Found:
             "crowded": ledger.crowded,
             "unexamined": self.unexamined,
             "refused": self.refused,
+            "noise": self.noise,
             "basins": [
                 {
                     "x": coordinates.forward(basin.x[None])[0][0].tolist(),
@@ -182,6 +187,7 @@ class _Explorer:
         self.paths: list[tuple[Tensor, Tensor]] = []
         self.each = 0  # evaluations of a descent from an independent start
         self.unexamined = self.refused = False
+        self.noise = 0.0
         self.begun = self.meter.evaluations
         like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
         loc = torch.zeros(problem.dim, **like) if centre is None else centre.to(**like)
@@ -256,7 +262,7 @@ class _Explorer:
         self._masses(bank)
         return Found(
             bank, self.ledger, best, *self._resolution(bank), self._region(), reasons,
-            self.unexamined, self.refused,
+            self.unexamined, self.refused, self.noise,
         )  # fmt: skip
 
     def _asked(self, symmetric: bool) -> list[BankSource]:
@@ -338,7 +344,29 @@ class _Explorer:
         self.surveyed = len(x)
         self._lowest = float(energy.amin())
         self.meter.check(self.problem.coordinates.forward(x)[0])
+        self._ask_again(x, energy)
         self._refuse_falling()
+
+    def _ask_again(self, x: Tensor, energy: Tensor) -> None:
+        """A few points once more, twice: noise, and values that depend on the other points."""
+        lowest = energy.argsort()[:_AGAIN]
+        first, second = (self._values(x[lowest]) for _ in range(2))
+        finite = first.isfinite() & second.isfinite() & energy[lowest].isfinite()
+        if not bool(finite.any()):
+            return
+        first, second, before = (y[finite] for y in (first, second, energy[lowest]))
+        self.noise = float((first - second).square().mean().sqrt()) / math.sqrt(2)
+        size = _ROUNDING * (1 + before.abs())
+        if bool(((first - second).abs() < size).all()) and bool(
+            ((first - before).abs() > size).all()
+        ):
+            worst = int((first - before).abs().argmax())
+            raise EnergyError(
+                "energy must give each point a value of its own, whatever other points are in the "
+                f"batch, got {float(before[worst]):.6g} among {len(x)} points and "
+                f"{float(first[worst]):.6g} among {len(lowest)} for the same one; is a sum or a "
+                "mean without dim=-1 in it?"
+            )
 
     def _keep_within(self, scale: float) -> None:
         """Evaluate nothing beyond a scale at which calls have become slow."""
@@ -359,7 +387,7 @@ class _Explorer:
         energy = self._values(torch.cat([loc + 30 * ray, loc + 100 * ray])).view(2, rays)
         low = (energy <= self._lowest).all(0)
         if float(low.double().mean()) > 0.2:
-            raise EnergyError(unbounded(self.high))
+            raise EnergyError(unbounded(self.high, hinted=self.hinted))
 
     def _bracket(self) -> None:
         """A Student-t law of about the location and scale of the target."""
@@ -440,7 +468,7 @@ class _Explorer:
             law, _ = self._fitted(few, weights=weights, x=x, shrunk=False)
             width = float(torch.linalg.matrix_norm(law.scale_tril, 2))
             if width > 1e4 * start and log_z[-1] - log_z[0] > 0.5 * math.log(width / start):
-                raise EnergyError(unbounded(width))
+                raise EnergyError(unbounded(width, hinted=self.hinted))
 
     # ---------------------------------------------------------------- basins
 
@@ -511,6 +539,9 @@ class _Explorer:
         self.paths.append((ends.path, ends.path_energy))
         rested = ends.rested
         self.ledger.add(ends.x[rested], ends.energy[rested], width, independent=independent)
+        if not self.ledger.basins and len(ends.x):  # too ill-conditioned for so many steps
+            lowest = ends.energy.argsort()[:_LOWEST_ENDS]
+            self.ledger.add(ends.x[lowest], ends.energy[lowest], width, independent=False)
         if independent:
             lost = int((~rested).sum())
             self.ledger.starts += lost
@@ -677,13 +708,13 @@ class _Explorer:
             distance.append(0.5 * z.square().sum(-1) + log_det + basin.energy)
         nearest = torch.stack(distance, -1).argmin(-1)
         share = torch.nn.functional.one_hot(nearest, len(basins)).double().mean(0)
-        effective = min(float(weights.ess()), float(len(x))) if bank.density else bank.ess
+        effective = min(float(weights.ess()), float(len(x))) if bank.density else math.nan
         masses = dict.fromkeys(map(id, self.ledger.valleys), 0.0)
         for basin, mass in zip(basins, share.tolist(), strict=True):
             masses[id(basin.valley)] += mass
         for basin in self.ledger.valleys:
             mass = basin.mass = masses[id(basin)]
-            basin.mass_se = math.sqrt(max(mass * (1 - mass), 1e-12) / max(1.0, effective))
+            basin.mass_se = math.sqrt(max(mass * (1 - mass), 1e-12) / effective)
 
     def _resolution(self, bank: Bank) -> tuple[int, float, float]:
         """Points with a density, its logarithm far out, and the target's width.
@@ -737,10 +768,17 @@ def _stretch(x: Tensor, weights: LogWeights, law: StudentT) -> float:
     return float(torch.linalg.eigvalsh(covariance)[-1]) * (1 - 2 / law.df)
 
 
-def unbounded(radius: float) -> str:
-    """What is wrong with an energy that is lowest at that distance."""
+def unbounded(radius: float, *, hinted: bool = False) -> str:
+    """What is wrong with an energy that is lowest at that distance.
+
+    Arguments:
+        radius: The distance from the centre.
+        hinted: Whether a centre or a scale was given.
+    """
+    given = "; or is the target far from the given centre, or wider than 100 times the given scale"
     return (
-        f"energy must grow far from its minima, got one that is lowest at the rim of the search "
-        f"(|x| about {radius:.0e}): exp(-energy) cannot be normalised. Is it a log-probability, "
-        "with the opposite sign (energies.from_log_prob), or does it need bounds?"
+        "energy must grow far from its minima, got one that is lowest at the rim of the search, "
+        f"about {radius:.0e} from its centre: exp(-energy) cannot be normalised. Is it a "
+        "log-probability, with the opposite sign (energies.from_log_prob), or does it need bounds"
+        f"{given if hinted else ''}?"
     )

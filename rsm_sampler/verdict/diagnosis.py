@@ -68,10 +68,11 @@ _HEAVY = 0.7  # Pareto shape above which averages of weights are unreliable at a
 _HEAVY_SHARE = 0.05  # of the weight on a hundredth of the draws: less cannot matter
 _LOG_Z_TOLERANCE = 0.03  # 3 % of Z: the steps of an ODE sampler alone err by about 0.005
 _DRIFT_TOLERANCE = 0.1  # of the energies' standard deviation: less moves no mean by a tenth of one
-_NOISE = 0.1  # nats between repeated evaluations: costs 1 % of the effective size
+NOISE = 0.1  # nats between repeated evaluations: costs 1 % of the effective size
 _ROUNDING = 0.3  # nats between neighbouring values: an error of 0.09 nats each
 _BLURRED = 0.02  # standard deviations of a coordinate between neighbouring values
 _BASIN = 0.01  # mass above which a basin without draws counts
+_EXAMINED = 8192  # draws
 _FEW_DRAWS = 554  # draws: with fewer an error of 0.1 of a mode's mass may not show
 _BASIN_ESS = 30  # effective points of the witness in a basin, for its mass to be known
 _REFEREE_LOG_Z = 0.1  # nested samplers' discretisation and optimistic errors of log Z
@@ -234,7 +235,13 @@ class Diagnosis:
             f"verdict       {self.verdict}"
             + (f" (worst of {self.contexts} contexts)" if self.contexts else ""),
             f"ESS           {self.ess:.0f} of n = {self.n} ({self.ess / self.n:.1%})",
-            f"weight tail   Pareto k = {self.pareto_k:.2f} (reliable below {_HEAVY})",
+            f"weight tail   Pareto k = {self.pareto_k:.2f}"
+            + (
+                ", of weights that are nearly equal"
+                if self.pareto_k > _HEAVY
+                and not any(finding.test == "weight tail" for finding in self.failed)
+                else f" (reliable below {_HEAVY})"
+            ),
             f"log Z         {self.log_z:.4f} ± {self.log_z_se:.4f}",
             f"energy drift  {self.drift:+.3f} ± {self.drift_se:.3f} under a short exact chain",
             f"witness       {w.method}, {w.evaluations:,} evaluations, ESS {w.ess:.0f}"
@@ -263,7 +270,7 @@ class Diagnosis:
 
 def diagnose(
     sampler: Examinable,
-    n: int = 8192,
+    n: int | None = None,
     *,
     energy: MeteredEnergy,
     context: Float[Tensor, " context_dim"] | None = None,
@@ -281,7 +288,8 @@ def diagnose(
 
     Arguments:
         sampler: The sampler.
-        n: Number of fresh draws.
+        n: Number of fresh draws. If None, 8,192, or a tenth of the training's budget where that is
+            less (at least 100).
         energy: Its energy. Evaluations are counted apart from any budget.
         context: The context to examine; for a conditional sampler without one, ``num_contexts``
             are drawn and the worst is reported.
@@ -298,6 +306,9 @@ def diagnose(
         ValueError: If n is below 100, effort is not positive, the referee is unknown, or a
             conditional sampler has neither context nor a way to draw one.
     """
+    budget = sampler.search.get("budget")
+    if n is None:
+        n = _EXAMINED if budget is None else min(_EXAMINED, max(100, budget // 10))
     if n < 100:
         raise ValueError(f"n must be at least 100, got {n}")
     if referee is not None:
@@ -354,8 +365,6 @@ class _Examination:
         self.asked, self.begun = referee, time.monotonic()
         budget = sampler.search.get("budget")
         self.energy = MeteredEnergy(energy.energy, sampler.dim, context_dim=sampler.context_dim)
-        if budget is not None:
-            self.n = min(n, max(100, budget // 10))
         if witness_evaluations is None:
             witness_evaluations = _WITNESS if budget is None else max(2000, budget // 4)
         self.witness_evaluations = max(100, int(effort * witness_evaluations))
@@ -483,7 +492,7 @@ class _Examination:
                 self.n,
                 _FEW_DRAWS,
                 f"only {self.n} draws were examined: an error of 0.1 of a mass may not show",
-                "diagnose(n=8192), or a larger budget",
+                f"diagnose(n={_EXAMINED})",
                 conclusive=False,
             )
         rows = self.sampler.search.get("context_ess")
@@ -590,11 +599,11 @@ class _Examination:
                 "rounding: subtract a constant from the energy, or compute it in double precision",
                 conclusive=False,
             )
-        elif noise > _NOISE:
+        elif noise > NOISE:
             self._fail(
                 "noise",
                 noise,
-                _NOISE,
+                NOISE,
                 "noise: the energy gives other values when the same points are asked again, with "
                 f"a standard deviation of {noise:.2g}",
                 "noise: fix the random numbers within the energy, or average it over repeats",
