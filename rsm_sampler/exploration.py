@@ -72,7 +72,7 @@ class Exploration:
         evaluations: Energy evaluations.
         counts: The same by purpose.
         method: ``"mixture"``, ``"kernels"`` or another source of independent draws, or
-            ``"chains"``.
+            ``"chains"``; ``"bank"`` for all points before an interrupt.
         coverage: What was searched, and what could still be missing.
         verdict: ``"trustworthy"``, ``"not trustworthy"`` or ``"cannot tell"``.
         reasons: What speaks against the draws, or was turned down.
@@ -152,6 +152,8 @@ def explore(
 ) -> Exploration:
     r"""Weighted draws, log Z and the basins of :math:`p(x) \propto e^{-E(x)}`, without training.
 
+    An interrupt from the keyboard ends it with the points so far.
+
     Arguments:
         energy: The energy: points (n, dim) to values (n). See :mod:`energies` for adapters.
         dim: Length of a point.
@@ -159,8 +161,8 @@ def explore(
         seed: Decides every random number.
         ess: Effective draws that are enough.
         budget: Most energy evaluations; None for as many as are needed.
-        seconds: Time after which no further evaluation is begun; what was found by then is
-            returned, if there are weighted draws by then.
+        seconds: Time after which no further phase of work is begun; a first bank is drawn in any
+            case.
         gradients: Where gradients come from: ``"autograd"``, ``"differences"`` of values;
             ``"auto"`` takes autograd where it works. ``"none"`` is ``"differences"`` here.
         centre: Where to look first, within the bounds.
@@ -220,6 +222,7 @@ def explore(
             sources=sources,
             until=None if seconds is None else started + seconds,
             report=lambda text: bar.set_description_str(f"{meter.evaluations:,}: {text}"),
+            keep=True,
         )
     finally:
         bar.close()
@@ -268,7 +271,10 @@ def exploration_of(
     reasons = list(record["reasons"])
     located = record["starts"] - record["lost"]
     verdict = "trustworthy"
-    if bank.method == "chains":
+    if record["interrupted"]:
+        verdict = "cannot tell"
+        reasons.append("interrupted: these are all points so far")
+    elif bank.method == "chains":
         verdict = "cannot tell"
         reasons.append("chains: their draws are dependent, and they may have missed modes")
     elif bank.ess < min(wanted, _LEAST_EFFECTIVE):

@@ -52,7 +52,7 @@ _LOWEST, _HIGHEST, _SCALES = 1e-4, 1e5, 64
 _WIDER = math.sqrt(1.2)  # than the moments say, is the next broad law
 _HINT = 100.0  # a stated width may be wrong by this factor
 _SLOWER, _SLOW = 30.0, 2e-3  # times the usual time a point takes, and seconds: the survey stops
-_AGAIN, _ROUNDING = 16, 1e-3  # points that are asked again; a difference that may be rounding
+_AGAIN, _ROUNDING = 16, 0.01  # points that are asked again; a difference that may be rounding
 _FINITE = 16  # points of finite energy: fewer, and the survey goes on
 _ENOUGH = 10.0  # effective points for each dimension, whose covariance is taken as it is
 _STRETCHED = 2048  # draws of a law that is stretched to see whether the energy holds them
@@ -88,6 +88,7 @@ class Found:
             tell.
         refused: Whether an earlier bank was turned down for its weights.
         noise: Standard deviation of an evaluation, in nats.
+        interrupted: Whether an interrupt ended it.
     """
 
     bank: Bank
@@ -101,6 +102,7 @@ class Found:
     unexamined: bool = False
     refused: bool = False
     noise: float = 0.0
+    interrupted: bool = False
 
     def record(self, coordinates: Coordinates) -> dict[str, Any]:
         """The same in plain values, places in the user's coordinates.
@@ -110,7 +112,7 @@ class Found:
         """
         ledger = self.ledger
         return {
-            "source": "chains" if self.proposal is None else self.proposal.source,
+            "source": self.bank.method if self.proposal is None else self.proposal.source,
             "region": self.region,
             "points": self.points,
             "density": self.density,
@@ -121,6 +123,7 @@ class Found:
             "unexamined": self.unexamined,
             "refused": self.refused,
             "noise": self.noise,
+            "interrupted": self.interrupted,
             "basins": [
                 {
                     "x": coordinates.forward(basin.x[None])[0][0].tolist(),
@@ -146,6 +149,7 @@ def explore_problem(
     sources: Sequence[BankSource] | None = None,
     until: float | None = None,
     report: Callable[[str], None] | None = None,
+    keep: bool = False,
 ) -> Found:
     """Find the target, and weighted points of it.
 
@@ -158,12 +162,14 @@ def explore_problem(
         sources: Ways to propose a law, in the order in which they are asked.
         until: Time (:func:`time.perf_counter`) after which no phase is begun.
         report: Called with the name of each phase.
+        keep: Whether an interrupt from the keyboard ends with the points so far.
 
     Raises:
         EnergyError: If the energy is not finite anywhere, or keeps falling outward so that
             :math:`e^{-E}` cannot be normalised.
     """
-    return _Explorer(problem, plan, generator, centre, scale, sources, until, report).run()
+    explorer = _Explorer(problem, plan, generator, centre, scale, sources, until, report)
+    return explorer.run(keep=keep)
 
 
 class _Explorer:
@@ -209,8 +215,21 @@ class _Explorer:
     def _values(self, x: Tensor) -> Tensor:
         return self.problem.potential(x)
 
-    def run(self) -> Found:
-        """All phases."""
+    def run(self, *, keep: bool = False) -> Found:
+        """All phases; if wanted, interrupted ones end with the points so far."""
+        try:
+            return self._phases()
+        except KeyboardInterrupt:
+            if not keep or not bool(self.pool.weights.usable):
+                raise
+        weights = self.pool.weights
+        bank = Bank.of_draws(self.pool.x[None], weights.value[None], None, self.pool.law)
+        self._masses(bank)
+        return Found(
+            bank, self.ledger, None, *self._resolution(bank), self._region(), [], interrupted=True
+        )
+
+    def _phases(self) -> Found:
         plan = self.plan
         self._survey()
         self._bracket()
@@ -340,8 +359,8 @@ class _Explorer:
         ):
             more = self.ladder.sample(len(largest), self.generator)
             x, energy = torch.cat([x, more]), torch.cat([energy, self._values(more)])
-        self.pool.add(self.ladder, x, energy)
         self.surveyed = len(x)
+        self.pool.add(self.ladder, x, energy)
         self._lowest = float(energy.amin())
         self.meter.check(self.problem.coordinates.forward(x)[0])
         self._ask_again(x, energy)
@@ -349,23 +368,24 @@ class _Explorer:
 
     def _ask_again(self, x: Tensor, energy: Tensor) -> None:
         """A few points once more, twice: noise, and values that depend on the other points."""
-        lowest = energy.argsort()[:_AGAIN]
-        first, second = (self._values(x[lowest]) for _ in range(2))
-        finite = first.isfinite() & second.isfinite() & energy[lowest].isfinite()
+        order = energy.argsort()[: max(_AGAIN, int(energy.isfinite().sum()) // 2)]
+        chosen = order[:: max(1, len(order) // _AGAIN)]
+        before, x = energy[chosen], x[chosen]
+        first, second = (self._values(x) for _ in range(2))
+        finite = before.isfinite() & first.isfinite() & second.isfinite()
         if not bool(finite.any()):
             return
-        first, second, before = (y[finite] for y in (first, second, energy[lowest]))
+        before, first, second = (y[finite] for y in (before, first, second))
         self.noise = float((first - second).square().mean().sqrt()) / math.sqrt(2)
         size = _ROUNDING * (1 + before.abs())
-        if bool(((first - second).abs() < size).all()) and bool(
-            ((first - before).abs() > size).all()
-        ):
+        other = (first - before).abs() > size
+        if bool(((first - second).abs() < size).all()) and float(other.double().mean()) > 0.5:
             worst = int((first - before).abs().argmax())
             raise EnergyError(
                 "energy must give each point a value of its own, whatever other points are in the "
-                f"batch, got {float(before[worst]):.6g} among {len(x)} points and "
-                f"{float(first[worst]):.6g} among {len(lowest)} for the same one; is a sum or a "
-                "mean without dim=-1 in it?"
+                f"batch, got {float(before[worst]):.6g} and, among {len(x)} other points, "
+                f"{float(first[worst]):.6g} for the same one; is a sum or a mean without dim=-1 "
+                "in it?"
             )
 
     def _keep_within(self, scale: float) -> None:

@@ -147,7 +147,7 @@ def _seen_before(pool: Pool, law: Density, n: int, log_z: float, plan: Plan) -> 
     if len(heavy) == 0:
         return 0.0
     log_p = -pool.energy[heavy] - log_z
-    ratio = n * plan.basin / _FEW
+    ratio = n * plan.basin  # where p > r q such a share has less than one draw
     covered = ratio * (law.log_prob(pool.x[heavy]) - log_p).exp()
     excess = torch.zeros_like(log_weight)
     excess[heavy] = log_weight[heavy].exp() * (1 - covered).clamp(min=0.0)
