@@ -1038,6 +1038,24 @@ def _chain_factor(dim: int, correlation: float, scale: float) -> Tensor:
     return torch.linalg.cholesky(scale**2 * correlation ** (k[:, None] - k).abs())
 
 
+def _turned_factor(dim: int, low: float, high: float) -> Tensor:
+    """Cholesky factor of widths in geometric progression along random axes."""
+    q = np.linalg.qr(np.random.default_rng(dim).standard_normal((dim, dim)))[0]
+    root = torch.as_tensor(q) * torch.logspace(math.log10(low), math.log10(high), dim).double()
+    return torch.linalg.cholesky(root @ root.mT)
+
+
+def scattered(
+    number: int, dim: int, half: float, low: float, high: float
+) -> Callable[[str], Case]:
+    """Equal normal laws, their centres uniform in a cube, their widths between two ends."""
+    uniform = np.random.default_rng(number)
+    centre = torch.as_tensor(uniform.uniform(-half, half, (number, dim)))
+    width = uniform.uniform(low, high, number)
+    parts = zip(centre, width, strict=True)
+    return normals(*((1 / number, c, float(w)) for c, w in parts))
+
+
 _FOUR = _signs(5, 6, 4, 6.0)
 add("kinds", "spike_aside_10d", normals(
     (0.45, ones(10, 0), 1.0), (0.55, _direction(6, 10, 0.5), 0.1), shift=-3.1
@@ -1088,6 +1106,17 @@ add("kinds", "shells_4d", shells(4, CLASSIC, (-4.0, 3.0), (2.0, 1.5), 0.15))
 add("kinds", "loggamma_6d", log_gamma(2))
 add("kinds", "rosen6", rosenbrock(6, HARD))
 add("kinds", "turned_6d", turned_mixture(9, 6, 6.0, [0.4, 0.3, 0.15, 0.1, 0.05]))
+add("kinds", "aside_4d", normals((0.5, ones(4, 0), 1.0), (0.5, _direction(3, 4, 12), 0.5)))
+add("kinds", "aside_8d", normals((0.6, ones(8, 1), 1.0), (0.4, _direction(4, 8, 14), 0.7)))
+add("kinds", "nested_3d", normals(
+    (0.3, ones(3, 4), 0.01), (0.3, ones(3, 4), 1.0), (0.4, ones(3, 4), 100.0)
+))  # fmt: skip
+add("kinds", "thin_spike_5d", normals((0.5, ones(5, 3), 1.0), (0.5, ones(5, 3), 1e-4)))
+add("kinds", "many_5d", scattered(30, 5, 20.0, 0.8, 1.2))
+add("kinds", "many_3d", scattered(80, 3, 20.0, 0.7, 1.2))
+add(
+    "kinds", "stretched_30d", normals((1.0, _direction(1, 30, 100), _turned_factor(30, 1e-2, 1e2)))
+)
 add("kinds_hidden", "pin_4d", hidden(
     normals((0.5, ones(4, 1), 1.0), (0.5, ones(4, -0.6), 0.002)), ones(4, -0.6), 0.002
 ))  # fmt: skip

@@ -29,8 +29,9 @@ _WIDEST = 4.0  # widths of a basin, in units of the broad law's
 _SMALL, _STEP = 1e-3, 0.1  # differences of slopes: of the broad law's widths, then of the basin's
 _STEEP, _SHRUNK, _SHRINKS = 3.0, 0.1, 10  # times the rise that slopes say; factor, times
 _HIGHEST = 10.0  # nats of rise over which differences of values are taken
-_NEWTON = 3
-_HIGH, _HALVINGS = 2.0, 12  # nats at a width, a half if the curvature foretold all
+_NEWTON = 10
+_FAR_WIDER = 100.0  # than that, if the energy rises there as the curvature says
+_LOW, _HIGH, _HALVINGS = 0.2, 2.0, 12  # nats at a width, a half if the curvature foretells all
 _NEIGHBOURS = 2  # minima that may share a valley with a new one
 _BETWEEN = (0.146, 0.382, 0.618, 0.854)  # of the way there; in a lattice of minima none is one
 _ASIDE = 0.05  # of the broad law's widths, from a saddle
@@ -296,7 +297,7 @@ class Ledger:
         if self.limit is None:
             return False
         most = 2 * self.curvature_cost(x) + _NEIGHBOURS * len(_BETWEEN)
-        most += _NEWTON * (1 + self.problem.slope_cost(x.expand(2, -1)))
+        most += _NEWTON * (2 + self.problem.slope_cost(x.expand(2, -1)))
         return self.problem.energy.evaluations + most > self.limit
 
     def _basin(self, x: Tensor, energy: float, width: Tensor) -> Basin | None:
@@ -312,19 +313,21 @@ class Ledger:
             length = float(torch.linalg.solve(factor, step).norm())
             if not length > 1e-3:
                 break
-            trial = x - step / max(1.0, length)
-            lower = float(problem.potential(trial[None]))
-            if not lower < energy:
+            trials = x - step / x.new_tensor([1.0, max(1.0, length)])[:, None]
+            lower, best = problem.potential(trials).min(0)  # a whole step, or one of a width
+            if not float(lower) < energy:
                 break
-            x, energy = trial, lower
-        wider, lowest, below, aside = self._along(x, _STEP * factor, width, energy)
+            x, energy = trials[best], float(lower)
+        wider, lowest, below, aside = self._along(
+            x, _STEP * factor, width, energy, _FAR_WIDER * _WIDEST
+        )
         if len(below):  # what lies beside it is no part of its shape
             self.leads.append(below)
             return Basin(x, energy, factor)
         if lowest < -1:
             self._saddle(x, aside)
             return None
-        return Basin(x, energy, self._held(x, energy, wider))
+        return Basin(x, energy, self._held(x, energy, wider, width))
 
     def _saddle(self, x: Tensor, aside: Tensor) -> None:
         """Nothing stays at a saddle: to one side of it, then to the other."""
@@ -353,25 +356,37 @@ class Ledger:
         axes = self._along(x, (_SMALL * width).diag(), width)[0]
         return self._along(x, _STEP * axes, width)[0]
 
-    def _held(self, x: Tensor, energy: float, factor: Tensor) -> Tensor:
-        """The root with columns halved until the energy rises by no more than two nats at a width.
+    def _held(self, x: Tensor, energy: float, factor: Tensor, width: Tensor) -> Tensor:
+        """The root with columns as long as the energy bears out.
 
-        A valley that bends is flat at its bottom, and yet not wide.
+        One that is wider than a few widths of the broad law is kept if the energy rises at its end
+        as the curvature says. Columns are halved until it rises by no more than two nats: a valley
+        that bends is flat at its bottom, and yet not wide.
         """
-        column = torch.arange(len(x), device=x.device)
         factor = factor.clone()
+        column = torch.arange(len(x), device=x.device)
+        wide = (factor / width[:, None]).norm(dim=0) / _WIDEST
         for _ in range(_HALVINGS):
             steps = factor[:, column].mT
             ahead, behind = self.problem.potential(torch.cat([x + steps, x - steps])).view(2, -1)
             rise = 0.5 * (ahead + behind) - energy
-            column = column[(rise > _HIGH) & rise.isfinite()]
+            flat = (wide[column] > 1) & ~(rise > _LOW)
+            factor[:, column[flat]] /= wide[column[flat]]
+            high = ((rise > _HIGH) & rise.isfinite()) | flat
+            wide[column[flat]] = 1.0
+            column = column[high]
             if len(column) == 0:
                 break
-            factor[:, column] *= 0.5
+            factor[:, column[~flat[high]]] *= 0.5
         return factor
 
     def _along(
-        self, x: Tensor, axes: Tensor, width: Tensor, energy: float = torch.inf
+        self,
+        x: Tensor,
+        axes: Tensor,
+        width: Tensor,
+        energy: float = torch.inf,
+        widest: float = _WIDEST,
     ) -> tuple[Tensor, float, Tensor, Tensor]:
         """A root of the inverse curvature, from differences of slopes along the columns of axes.
 
@@ -415,12 +430,12 @@ class Ledger:
         # In units of the axes: there it is about the identity, and no digits are lost.
         curvature, vectors = torch.linalg.eigh(hessian.nan_to_num(0.0, 0.0, 0.0))
         direction = (axes / width[:, None]) @ vectors
-        least = (direction.square().sum(0) / _WIDEST**2).clamp(min=1e-300)
+        least = (direction.square().sum(0) / widest**2).clamp(min=1e-300)
         relative = curvature / least
         direction = direction * (relative.clamp(1.0, _STEEPEST) * least).rsqrt()
         left, size, _ = torch.linalg.svd(direction)  # of several, each of the widest
         below = ends[value < energy - _SLACK]
-        factor = width[:, None] * (left * size.clamp(max=_WIDEST))
+        factor = width[:, None] * (left * size.clamp(max=widest))
         lowest = int(relative.argmin())
         lower = direction[:, lowest] / direction[:, lowest].norm().clamp(min=1e-300)
         return factor, float(relative[lowest]), below, _ASIDE * width * lower

@@ -3,7 +3,7 @@ r"""Where descents start.
 **Independent starts** are draws of a law that is stated and owes nothing to the basins known: over
 a box they are uniform; elsewhere a quarter have the scales of the survey, and the others are draws
 of the broad law, stretched from its location by a factor that is log-uniform: for half of all
-starts from a half to 16, where modes of like width lie, for a quarter from a quarter to 256. They
+starts from a quarter to 16, where modes of like width lie, for a quarter from a quarter to 256. They
 alone count for what could still be missing.
 
 **Line scans** go from a basin along the coordinates, along diagonals of random signs, and along
@@ -24,7 +24,7 @@ from rsm_sampler.target.problem import Problem
 __all__ = ["OF_SURVEY", "centre_minima", "independent_starts", "line_minima"]
 
 OF_SURVEY, _OF_NEAR = 0.25, 0.5  # shares of the starts: the first is drawn from the survey's law
-_NEAR_BY, _ANYWHERE = (0.5, 16.0), (0.25, 256.0)  # factors of the broad law's distance
+_NEAR_BY, _ANYWHERE = (0.25, 16.0), (0.25, 256.0)  # factors of the broad law's distance
 _DIAGONALS, _LINES = 8, 8
 _ASIDE = 0.05  # widths of the basin
 _FIRST, _RATIO, _PLACES = 0.5, 1.25, 36  # distances on a line, in widths of the basin
