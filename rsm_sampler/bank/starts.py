@@ -2,9 +2,9 @@ r"""Where descents start.
 
 **Independent starts** are draws of a law that is stated and owes nothing to the basins known: over
 a box they are uniform; elsewhere a quarter have the scales of the survey, and the others are draws
-of the broad law, stretched from its location by a factor that is log-uniform: for half of all
-starts from a quarter to 16, where modes of like width lie, for a quarter from a quarter to 256. They
-alone count for what could still be missing.
+of the broad law, stretched from its location by a factor that is log-uniform: from a quarter to 16
+for half of all starts, where modes of like width lie, and to 256 for a quarter. They alone count
+for what could still be missing.
 
 **Line scans** go from a basin along the coordinates, along diagonals of random signs, and along
 the lines to the other basins, at distances in geometric progression. An energy with a neighbour
