@@ -22,8 +22,8 @@ Targets on which a confident wrong answer is tempting, all with known answers. M
 `python examples/benchmarks/exploration_page.py`; every number stands in
 `docs/results/exploration/` with its seed, versions and machine. Seconds are those of the
 processor, on one thread; evaluations count every point shown to the energy, the verdict's
-included, and a gradient twice. Errors are of 20,000 raw draws of a fitted sampler, or of the weighted draws of
-`explore`; log Z is the verdict's or `explore`'s.
+included, and a gradient twice. Errors are of 20,000 raw draws of a fitted sampler, or of the
+weighted draws of `explore`; log Z is the verdict's or `explore`'s.
 
 A **lie** is the word *trustworthy* although the masses of modes are off by more than 0.1 in total
 variation (TV) or log Z by more than 0.2. *KS* is the largest Kolmogorov-Smirnov distance of a

@@ -59,7 +59,7 @@ _STRETCHED = 2048  # draws of a law that is stretched to see whether the energy 
 _CENTRES = 2  # basins through which lines are scanned
 _STARTS_OF_LINES = 64
 _MORE = 4  # times as many starts, where some basins catch far fewer than others
-_MANY, _CHEAP = 32, 4.0  # times as many, where one costs so few evaluations
+_MANY, _CHEAP = 32, 0.8  # times as many, where so many of them need no descent
 _PILOT = 8  # descents that tell what one costs: of more, those that the budget cuts short are lost
 _LOWEST_ENDS = 4  # of descents of which none came to rest, whose curvatures are looked at
 _FRESH = 8  # starts that have to come to rest, where they examine a bank
@@ -193,7 +193,7 @@ class _Explorer:
         self.paths: list[tuple[Tensor, Tensor]] = []
         self.each = 0  # evaluations of a descent from an independent start
         self.unexamined = self.refused = False
-        self.noise = 0.0
+        self.noise = self.foretold = 0.0
         self.begun = self.meter.evaluations
         like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
         loc = torch.zeros(problem.dim, **like) if centre is None else centre.to(**like)
@@ -507,17 +507,14 @@ class _Explorer:
             self._entered(scene, start[order[: 2 * _STARTS_OF_LINES]], each, independent=False)
         while not self.ledger.crowded and self._scan(scene, int(plan.scans * plan.evaluations)):
             pass
-        cost = math.inf  # of a start, on average over the last ones
         while not self.ledger.crowded and self.spent - before < most and not self.late:
             starts, n = self.ledger.starts, plan.batch
             if starts >= plan.starts * (_MORE if self.ledger.uneven else 1):
-                if cost > _CHEAP or starts >= _MANY * plan.starts:
+                if self.foretold < _CHEAP or starts >= _MANY * plan.starts:
                     break
                 n = starts
-            begun = self.spent
-            if not self._descend(scene, n, most - (begun - before)):
+            if not self._descend(scene, n, most - (self.spent - before)):
                 break
-            cost = (self.spent - begun) / n
 
     def _descend(self, scene: Scene, n: int, most: int) -> bool:
         self.report(f"descents from {self.ledger.starts + n} starts")
@@ -543,6 +540,7 @@ class _Explorer:
             start, basin = start[within], basin[within]
             if independent:
                 self.ledger.credit(basin[basin >= 0])
+                self.foretold = float((basin >= 0).double().mean()) if len(basin) else 0.0
             start = start[basin < 0]
             if len(start) == 0:
                 return len(basin) > 0

@@ -31,14 +31,15 @@ _STEEP, _SHRUNK, _SHRINKS = 3.0, 0.1, 10  # times the rise that slopes say; fact
 _HIGHEST = 10.0  # nats of rise over which differences of values are taken
 _NEWTON = 10
 _FAR_WIDER = 100.0  # than that, if the energy rises there as the curvature says
-_LOW, _HIGH, _HALVINGS = 0.2, 2.0, 12  # nats at a width, a half if the curvature foretells all
+_LOW, _BENT, _HIGH = 0.2, 2.0, 8.0  # nats at a width, a half if the curvature foretells all
+_HALVINGS = 12
 _NEIGHBOURS = 2  # minima that may share a valley with a new one
 _BETWEEN = (0.146, 0.382, 0.618, 0.854)  # of the way there; in a lattice of minima none is one
 _ASIDE = 0.05  # of the broad law's widths, from a saddle
 _STEEPEST = 1e24  # curvature, in inverse squares of the widest
 _RARE = 0.4  # of an equal share of the starts
 _MOST = 256  # basins with a curvature, at first
-_MEMBERS = 64  # of them, from where on a valley gets no further minima
+_FEW = 64  # of them, from where on only separate minima in quadratic wells are held
 _ALONE = 0.6  # of the starts: of 64 starts in as many equal basins 37 % are alone
 
 
@@ -55,6 +56,8 @@ class Basin:
         mass: Estimate of its share of the target; NaN before there is one.
         mass_se: Its standard error.
         scanned: Whether lines through it were looked along.
+        bent: Whether the energy is not quadratic there: it rises by far more than the curvature
+            says, along a valley that bends.
         beside: Another minimum of the same valley, in which its starts and its mass are counted;
             None if it is the first of its own.
     """
@@ -67,6 +70,7 @@ class Basin:
     mass: float = float("nan")
     mass_se: float = float("nan")
     scanned: bool = False
+    bent: bool = False
     beside: "Basin | None" = None
 
     @property
@@ -121,12 +125,17 @@ class Ledger:
 
     @property
     def crowded(self) -> bool:
-        """Whether most starts found a basin of their own: there are too many to find.
+        """Whether there are too many basins to find: most starts found one of their own.
 
         The share of starts that are alone in theirs estimates the chance that one more finds
         another (Good, 1953, https://doi.org/10.1093/biomet/40.3-4.237).
         """
-        return self.full or (self.starts > 0 and self.alone + self.lost > _ALONE * self.starts)
+        return self.full or self.strewn
+
+    @property
+    def strewn(self) -> bool:
+        """Whether most starts were alone in their basins, or in none."""
+        return self.starts > 0 and self.alone + self.lost > _ALONE * self.starts
 
     @property
     def log_z(self) -> float:
@@ -167,17 +176,21 @@ class Ledger:
                 self.lost += int(independent) * len(free)
                 break
             beside = self._beside(x[free[0]], float(energy[free[0]]))
-            if len(self.basins) >= (self.most if beside is None else min(_MEMBERS, self.most)):
+            most = self.most if beside is None and not self.strewn else min(_FEW, self.most)
+            new, held = None, len(self.basins) < most
+            if held:
+                new = self._basin(x[free[0]], float(energy[free[0]]), width)
+                if new is None:
+                    beyond += 1
+                    free = free[1:]
+                    continue
+                held = not new.bent or len(self.basins) < _FEW
+            if new is None or not held:
                 self.full |= beside is None
                 if beside is not None:
                     self._count(beside, 1, independent)
                 elif independent:
                     self.lost += 1
-                free = free[1:]
-                continue
-            new = self._basin(x[free[0]], float(energy[free[0]]), width)
-            if new is None:
-                beyond += 1
                 free = free[1:]
                 continue
             new.beside = beside
@@ -328,7 +341,8 @@ class Ledger:
         if lowest < -1:
             self._saddle(x, aside)
             return None
-        return Basin(x, energy, self._held(x, energy, wider, width))
+        held, bent = self._held(x, energy, wider, width)
+        return Basin(x, energy, held, bent=bent)
 
     def _saddle(self, x: Tensor, aside: Tensor) -> None:
         """Nothing stays at a saddle: to one side of it, then to the other."""
@@ -357,20 +371,23 @@ class Ledger:
         axes = self._along(x, (_SMALL * width).diag(), width)[0]
         return self._along(x, _STEP * axes, width)[0]
 
-    def _held(self, x: Tensor, energy: float, factor: Tensor, width: Tensor) -> Tensor:
-        """The root with columns as long as the energy bears out.
+    def _held(
+        self, x: Tensor, energy: float, factor: Tensor, width: Tensor
+    ) -> tuple[Tensor, bool]:
+        """The root with columns as long as the energy bears out, and whether it was another one.
 
         One that is wider than a few widths of the broad law is kept if the energy rises at its end
-        as the curvature says. Columns are halved until it rises by no more than two nats: a valley
-        that bends is flat at its bottom, and yet not wide.
+        as the curvature says. Columns are halved until it rises by no more than eight nats: a
+        valley that bends is flat at its bottom, and yet not wide.
         """
-        factor = factor.clone()
+        factor, bent = factor.clone(), False
         column = torch.arange(len(x), device=x.device)
         wide = (factor / width[:, None]).norm(dim=0) / _WIDEST
         for _ in range(_HALVINGS):
             steps = factor[:, column].mT
             ahead, behind = self.problem.potential(torch.cat([x + steps, x - steps])).view(2, -1)
             rise = 0.5 * (ahead + behind) - energy
+            bent |= bool(((rise > _BENT) & rise.isfinite()).any())
             flat = (wide[column] > 1) & ~(rise > _LOW)
             factor[:, column[flat]] /= wide[column[flat]]
             high = ((rise > _HIGH) & rise.isfinite()) | flat
@@ -379,7 +396,7 @@ class Ledger:
             if len(column) == 0:
                 break
             factor[:, column[~flat[high]]] *= 0.5
-        return factor
+        return factor, bent
 
     def _along(
         self,
