@@ -281,7 +281,8 @@ class Ledger:
         distance = self._squares(low, x[None])[:, 0]
         for k in distance.argsort()[:_NEIGHBOURS].tolist():
             between = torch.lerp(x, low[k].x, x.new_tensor(_BETWEEN)[:, None])
-            if float(self.problem.potential(between).amax()) > energy + 2 * _SLACK:
+            rim = max(energy, low[k].energy) + _SLACK
+            if float(self.problem.potential(between).amax()) > rim:
                 continue
             other = low[k].valley
             if valley is None:

@@ -42,6 +42,7 @@ _FEW = 10.0  # draws in a basin that represent it
 _MEASURED, _DRAWS = 16, 64  # basins that are measured at a time, and draws of each
 _NEGLIGIBLE = 1e-6  # of the target, by Laplace's method: such basins are left alone
 _SURE = 3.0  # standard errors
+_RARE = 20.0  # times rarer than in the target are points that a small bank lacks, too
 _ENDLESS = 0.5  # of the mass in basins that no start has met: no law will know them one by one
 
 
@@ -147,7 +148,7 @@ def _seen_before(pool: Pool, law: Density, n: int, log_z: float, plan: Plan) -> 
     if len(heavy) == 0:
         return 0.0
     log_p = -pool.energy[heavy] - log_z
-    ratio = n * plan.basin  # where p > r q such a share has less than one draw
+    ratio = max(_RARE, n * plan.basin)  # where p > r q such a share has less than one draw
     covered = ratio * (law.log_prob(pool.x[heavy]) - log_p).exp()
     excess = torch.zeros_like(log_weight)
     excess[heavy] = log_weight[heavy].exp() * (1 - covered).clamp(min=0.0)
