@@ -245,7 +245,7 @@ def test_a_mode_in_any_direction_is_met(dim, width, budget):
 
 @pytest.mark.parametrize(("dim", "number"), [(5, 30), (3, 80)])
 def test_many_modes_of_different_widths_are_never_claimed_wrongly(dim, number):
-    """A small one among wide ones, with a thirtieth of the mass, may catch no start of thousands."""
+    """Among wide modes a small one with a thirtieth of the mass may catch none of all starts."""
     generator = rng(number)
     centre = 40 * torch.rand(number, dim, dtype=DOUBLE, generator=generator) - 20
     width = 0.7 + 0.5 * torch.rand(number, dtype=DOUBLE, generator=generator)
