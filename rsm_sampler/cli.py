@@ -316,7 +316,7 @@ def diagnose(
     Arguments:
         sampler: File that fit wrote.
         energy: Name or import path of the energy that it was fitted to.
-        n: Number of fresh draws to examine.
+        n: Number of fresh draws to examine; chosen by itself if None.
         witness_evaluations: Energy evaluations of the witness; chosen by itself if None.
         effort: Factor of the witness's evaluations.
         referee: A nested sampler to run as well.
@@ -347,7 +347,7 @@ def diagnose(
     if figure is not None:
         if given is None and model.context_dim is not None:
             raise ValueError("context must be given for the figure of a conditional sampler")
-        _write(f"{_draw_diagnosis(model, target, n, given, seed, figure)}")
+        _write(f"{_draw_diagnosis(model, target, diagnosis.n, given, seed, figure)}")
     return _STATUS[diagnosis.verdict]
 
 
