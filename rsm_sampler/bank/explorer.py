@@ -66,6 +66,7 @@ _FRESH = 8  # starts that have to come to rest, where they examine a bank
 _STEPS = 200  # downhill
 _LOWER = 1.0  # nats: a basin so far below all before is another place to look at
 _FAR = 10.0  # times as far from its middle as the rim of the target: there modes may lie, too
+_SPARE = 0.5  # share of effective points of a bank that, with a heavy tail, still beats chains
 _PIECE, _FIRST = 32_768, 4096  # draws of a bank at a time, and at first: it may be a poor one
 _LEAST = 256  # at least
 
@@ -194,6 +195,7 @@ class _Explorer:
         self.each = 0  # evaluations of a descent from an independent start
         self.unexamined = self.refused = False
         self.noise = self.foretold = 0.0
+        self.spare: tuple[Proposal, Bank] | None = None  # a bank refused for its tail alone
         self.begun = self.meter.evaluations
         like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
         loc = torch.zeros(problem.dim, **like) if centre is None else centre.to(**like)
@@ -274,6 +276,9 @@ class _Explorer:
                 sources.remove(chosen)
                 sources.append(chosen)
             best, chosen = self._best(sources, scene, None)
+        if bank is None and self.spare is not None:
+            best, bank = self.spare
+            self.meter.check(self.problem.coordinates.forward(bank.points[0, -1024:])[0])
         if bank is None:
             best = None
             self._look_for_flat()
@@ -635,6 +640,9 @@ class _Explorer:
         heavy = shape > plan.tail and weights.unseen() > plan.unseen
         if weights.share() < plan.least or heavy:
             self.refused = True
+            if weights.share() >= _SPARE:
+                points = (pool.x[None], weights.value[None], None, pool.law)
+                self.spare = (proposal, Bank.of_draws(*points))
             lack: Lack | None = Lack(
                 f"the bank was worth {weights.share():.1%} of its points, with a weight tail of "
                 f"Pareto shape {shape:.2f}"
