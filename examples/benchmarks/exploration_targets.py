@@ -1115,7 +1115,8 @@ add("kinds", "thin_spike_5d", normals((0.5, ones(5, 3), 1.0), (0.5, ones(5, 3), 
 add("kinds", "many_5d", scattered(30, 5, 20.0, 0.8, 1.2))
 add("kinds", "many_3d", scattered(80, 3, 20.0, 0.7, 1.2))
 add("kinds", "stretched_30d", normals(
-    (0.6, _direction(1, 30, 100), _turned_factor(30, 1e-2, 1e2)), (0.4, ones(30, -60), 1.0)
+    (0.6, _direction(1, 30, 100), _turned_factor(30, 1e-2, 1e2)),
+    (0.4, -_direction(1, 30, 100), _turned_factor(30, 1e-2, 1e2)),
 ))  # fmt: skip
 add("kinds_hidden", "pin_4d", hidden(
     normals((0.5, ones(4, 1), 1.0), (0.5, ones(4, -0.6), 0.002)), ones(4, -0.6), 0.002
