@@ -271,7 +271,7 @@ def exploration_of(
     reasons = list(record["reasons"])
     located = record["starts"] - record["lost"]
     verdict = "trustworthy"
-    if record["interrupted"]:
+    if record.get("interrupted"):
         verdict = "cannot tell"
         reasons.append("interrupted: these are all points so far")
     elif bank.method == "chains":
@@ -292,14 +292,14 @@ def exploration_of(
             "many starts were alone in their basins, and too few further ones came to rest to "
             "tell whether there are more basins"
         )
-    elif record["noise"] > NOISE:
+    elif record.get("noise", 0.0) > NOISE:
         verdict = "cannot tell"
         reasons.append(
             "noise: the energy gives other values when the same points are asked again, with a "
             f"standard deviation of {record['noise']:.2g}; log Z and the draws are those of the "
             "mean of exp(-energy)"
         )
-    elif record["refused"]:
+    elif record.get("refused"):
         verdict = "cannot tell"
         reasons.append("what the refused bank had missed, the next may have missed, too")
     return Exploration(

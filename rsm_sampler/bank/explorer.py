@@ -372,7 +372,11 @@ class _Explorer:
         self._refuse_falling()
 
     def _ask_again(self, x: Tensor, energy: Tensor) -> None:
-        """A few points once more, twice: noise, and values that depend on the other points."""
+        """A few points once more, twice: noise, and values that depend on the other points.
+
+        Raises:
+            EnergyError: If an energy depends on what else is in the batch.
+        """
         order = energy.argsort()[: max(_AGAIN, int(energy.isfinite().sum()) // 2)]
         chosen = order[:: max(1, len(order) // _AGAIN)]
         before, x = energy[chosen], x[chosen]
@@ -388,7 +392,7 @@ class _Explorer:
             worst = int((first - before).abs().argmax())
             raise EnergyError(
                 "energy must give each point a value of its own, whatever other points are in the "
-                f"batch, got {float(before[worst]):.6g} and, among {len(x)} other points, "
+                f"batch, got {float(before[worst]):.6g} and, in another batch, "
                 f"{float(first[worst]):.6g} for the same one; is a sum or a mean without dim=-1 "
                 "in it?"
             )
